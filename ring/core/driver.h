@@ -1,0 +1,90 @@
+/*
+ * The contract of the load generator: a driver's half of one split virtqueue as a thread in C, which sends
+ * or receives stamped frames as fast as the device lets it and checks everything the device does. Word for
+ * word the cffi definition of its module ring._driver (ring/_build_driver.py), so only declarations.
+ * Never part of a daemon.
+ *
+ * A frame, behind its 12-byte virtio_net_hdr:
+ *     prefix      the caller's, an Ethernet header at least; a frame with another one is foreign
+ *     stamp       16 bytes: sequence number (u64), length (u32), checksum of both (u32)
+ *     body        up to the frame's length; computed from the sequence number when `full` is set
+ */
+
+enum driver_role {
+    DRIVER_TRANSMIT = 0, /* send `frames` frames on a transmitq */
+    DRIVER_RECEIVE = 1   /* keep a receiveq full and check what arrives */
+};
+
+/* What the device did wrong, by kind; the first five end the thread, for nothing after them has meaning. */
+enum driver_error {
+    DRIVER_E_AHEAD = 0,    /* used.idx ahead of ours by more than the queue size */
+    DRIVER_E_HEAD = 1,     /* a used element names a chain that is not outstanding */
+    DRIVER_E_LENGTH = 2,   /* used.len larger than the buffer, or not 0 on a transmitq, or less than a header */
+    DRIVER_E_MERGE = 3,    /* num_buffers 0, or more than 1 without MRG_RXBUF, or more than were used */
+    DRIVER_E_STALL = 4,    /* no progress within stall_ms: a lost kick, or a device that stands still */
+    DRIVER_E_CALL = 5,     /* used chains waited and the call that was due did not come */
+    DRIVER_E_STAMP = 6,    /* the checksum or the length is wrong */
+    DRIVER_E_BODY = 7,     /* the body is not the one that belongs to the sequence number */
+    DRIVER_E_ORDER = 8,    /* a sequence number seen before: repeated or reordered */
+    DRIVER_ERRORS = 9
+};
+
+struct driver_config {
+    int32_t role;        /* enum driver_role */
+    uint32_t size;       /* descriptors, a power of two */
+    uint32_t base;       /* value of both indices at the start */
+    uint64_t features;   /* negotiated; EVENT_IDX, INDIRECT_DESC and MRG_RXBUF matter */
+    uint8_t *desc;       /* the ring's parts, where this process has them */
+    uint8_t *avail;
+    uint8_t *used;
+    uint8_t *area;       /* buffers, driver_area_bytes() long */
+    uint64_t area_gpa;   /* where the device finds them */
+    int32_t kick;        /* eventfds; they stay the caller's */
+    int32_t call;
+
+    uint64_t frames;     /* to send or to receive; 0: until stopped */
+    uint32_t frame_bytes;  /* sent: length of a frame; received: room of one buffer without the header */
+    uint32_t batch;      /* sent: frames made visible at once */
+    uint32_t pieces;     /* descriptors of a frame, 1 to DRIVER_PIECES_MAX; 2 or more: the header has its own */
+    int32_t indirect;    /* put them into an indirect table */
+    int32_t busy_poll;   /* never sleep, ask for no calls */
+    int32_t full;        /* write, or check, the whole body */
+    uint32_t stall_ms;
+    uint8_t header[12];  /* the virtio_net_hdr that is sent */
+    uint8_t prefix[64];
+    uint32_t prefix_bytes; /* 14 to 64 */
+};
+
+#define DRIVER_PIECES_MAX 16
+
+/* Only ever grow; may be read while the thread runs. */
+struct driver_stats {
+    uint64_t frames;       /* sent and used by the device, or received and right */
+    uint64_t bytes;        /* of these, without the net header */
+    uint64_t lost;         /* sequence numbers that never came */
+    uint64_t foreign;      /* received frames that are not ours */
+    uint64_t buffers;      /* chains the device has used */
+    uint64_t publications; /* stores of avail.idx */
+    uint64_t kicks;        /* notifications sent */
+    uint64_t calls;        /* notifications received */
+    uint64_t sleeps;
+    uint64_t errors[9];    /* by enum driver_error */
+};
+
+struct driver;
+
+/* Bytes of guest memory for the buffers (and indirect tables) of this configuration. */
+uint64_t driver_area_bytes(const struct driver_config *config);
+/* -> NULL with errno EINVAL: a number out of its range, or a frame too short for prefix and stamp; ENOMEM. */
+struct driver *driver_new(const struct driver_config *config);
+/* Start the thread. -> 0 or an errno. */
+int driver_start(struct driver *d);
+/* -> 1: the thread has ended, all frames done or a ring error; 0: not within timeout_ms. */
+int driver_wait(struct driver *d, int timeout_ms);
+/* Ask the thread to end, and wait until it has. What is outstanding stays with the device. */
+void driver_stop(struct driver *d);
+void driver_stats_get(const struct driver *d, struct driver_stats *out);
+/* Stops it first. */
+void driver_free(struct driver *d);
+/* Digest of the C sources this module was built from: a stale build is detected by comparing. */
+const char *driver_sources_digest(void);

@@ -1,0 +1,215 @@
+/*
+ * What the files of core/ and plane/ share and callers never see: the memory table, the accessors for
+ * shared memory, the SIGBUS guard's entry, and the device's half of a virtqueue.
+ */
+#pragma once
+
+#include <setjmp.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/uio.h>
+
+#include "include.h"
+
+_Static_assert(sizeof(struct piece) == sizeof(struct iovec), "a piece is handed to readv/writev");
+_Static_assert(offsetof(struct piece, len) == offsetof(struct iovec, iov_len), "as struct iovec");
+
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
+/* ------------------------------------------------------------------------------- shared memory
+ *
+ * Every load and store of memory the driver can write goes through these. Each is done exactly once
+ * (volatile or atomic: the compiler may not turn one read into two) and its order is named where it is
+ * used, together with the driver's access it pairs with. All fields are little-endian (VERSION_1).
+ */
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "big-endian hosts would need byte swapping in the accessors below"
+#endif
+
+static inline uint16_t load16(const uint16_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline uint16_t load16_acquire(const uint16_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void store16(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline void store16_release(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+
+/* The one full barrier: orders our earlier stores before our later loads, which neither release nor
+ * acquire does. ThreadSanitizer does not know fences, there a read-modify-write stands in. */
+static inline void full_barrier(void)
+{
+#if defined(__SANITIZE_THREAD__)
+    static int cell;
+    __atomic_fetch_add(&cell, 0, __ATOMIC_SEQ_CST);
+#else
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+#endif
+}
+
+/* -------------------------------------------------------------------------------- guest memory */
+
+struct guestmem {
+    int32_t *owner; /* the guard sets it to 1 when memory vanished */
+    uint32_t count;
+    struct guest_region regions[]; /* sorted by gpa */
+};
+
+/* The region that holds gpa, or NULL. `hint` remembers the last hit of the caller. */
+static inline const struct guest_region *guestmem_find(const struct guestmem *mem, uint64_t gpa, uint32_t *hint)
+{
+    const struct guest_region *r = &mem->regions[*hint];
+
+    if (likely(gpa - r->gpa < r->size))
+        return r;
+    uint32_t low = 0, high = mem->count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        r = &mem->regions[middle];
+        if (gpa < r->gpa) {
+            high = middle;
+        } else if (gpa - r->gpa < r->size) {
+            *hint = middle;
+            return r;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return NULL;
+}
+
+/* guestmem_pieces with a caller's hint; see ring.h. */
+static inline int guestmem_translate(const struct guestmem *mem, uint32_t *hint, uint64_t gpa, uint64_t len,
+                                     struct piece *out, uint32_t max)
+{
+    uint32_t n = 0;
+
+    while (len > 0) {
+        const struct guest_region *r = guestmem_find(mem, gpa, hint);
+        if (unlikely(!r))
+            return RING_E_UNMAPPED;
+        if (unlikely(n == max))
+            return RING_E_PIECES;
+        uint64_t offset = gpa - r->gpa, part = r->size - offset;
+        if (part > len)
+            part = len;
+        out[n].base = r->hva + offset;
+        out[n].len = part;
+        n++;
+        len -= part;
+        gpa += part; /* cannot wrap: a region's end is checked when the table is made, and with len left
+                      * over at the very end of the address space gpa is 0, which is looked up anew */
+    }
+    return (int)n;
+}
+
+/* pieces_read and pieces_write without a guard of their own, for callers that hold one. */
+size_t pieces_copy(const struct piece *pieces, uint32_t count, uint64_t offset, uint8_t *private, size_t len,
+                   bool to_guest);
+
+/* --------------------------------------------------------------------------------- SIGBUS guard
+ *
+ * guard.c tells the theory. Use:
+ *
+ *     if (guard_enter()) { memory vanished; q->mem->owner says whose; guard_leave() was done }
+ *     ... touch shared memory ...
+ *     guard_leave();
+ *
+ * Guards do not nest: the outermost one is a burst of the pump or one step call. Between enter and leave
+ * locals that change must not be relied on after the jump; progress belongs in memory.
+ */
+struct guard {
+    sigjmp_buf jump;
+    volatile int armed;
+};
+extern _Thread_local struct guard guard_of_thread;
+
+#define guard_enter() (guard_of_thread.armed = 1, sigsetjmp(guard_of_thread.jump, 0))
+#define guard_leave() ((void)(guard_of_thread.armed = 0))
+
+/* Called once by a thread that will run rings: the handler is there, the thread-local page touched, the
+ * fault signals unblocked. -> RING_OK or RING_E_GUARD. */
+int guard_thread(void);
+int guard_add(uint8_t *base, size_t length, int32_t *owner);
+void guard_remove(uint8_t *base);
+
+/* ------------------------------------------------------------------------------------ virtqueue */
+
+#define FEATURE_INDIRECT_DESC 28
+#define FEATURE_EVENT_IDX 29
+
+#define DESC_F_NEXT 1
+#define DESC_F_WRITE 2
+#define DESC_F_INDIRECT 4
+#define AVAIL_F_NO_INTERRUPT 1
+#define USED_F_NO_NOTIFY 1
+
+/* virtio 1.2, 2.7.5 "The Virtqueue Descriptor Table" */
+struct vring_desc {
+    uint64_t addr;  /* gpa */
+    uint32_t len;
+    uint16_t flags; /* DESC_F_* */
+    uint16_t next;
+};
+_Static_assert(sizeof(struct vring_desc) == 16, "as the specification lays it out");
+
+/* 2.7.6: written by the driver, except that the trailing used_event is read by us */
+struct vring_avail {
+    uint16_t flags;
+    uint16_t idx;
+    uint16_t ring[]; /* [size], then used_event */
+};
+
+/* 2.7.8: written by us; the trailing avail_event too */
+struct vring_used_elem {
+    uint32_t id;
+    uint32_t len;
+};
+struct vring_used {
+    uint16_t flags;
+    uint16_t idx;
+    struct vring_used_elem ring[]; /* [size], then uint16_t avail_event */
+};
+
+/* Where the walker stands in a chain. */
+struct walk {
+    bool indirect;       /* in q->table, the private copy, rather than in the ring's table */
+    bool writable_seen;  /* a device-writable descriptor was met: no readable one may follow */
+    uint32_t next;       /* index to read */
+    uint32_t entries;    /* of the table it is in */
+    uint32_t steps_left; /* bounds the walk by a number the driver cannot write */
+};
+
+struct vq {
+    /* configuration: fixed while the ring runs */
+    const struct guestmem *mem;
+    struct vring_desc *desc;
+    struct vring_avail *avail;
+    struct vring_used *used;
+    struct vq_config config;
+    uint32_t size;
+    uint16_t mask;
+    bool indirect;
+    bool event_idx;
+
+    /* our own view; guest memory is never read back for any of it. Volatile is not needed: after a fault
+     * the ring is broken for good. */
+    uint16_t next_avail; /* free-running */
+    uint16_t avail_seen;
+    uint16_t next_used;
+    uint16_t published;
+    uint16_t decided; /* `published` at the last decision */
+    bool first_decision;
+    bool kicks_wanted;
+    int broken;
+    uint32_t broken_at;
+    uint32_t region_hint;
+    struct walk walk;
+    uint32_t table_limit;
+    struct vring_desc *table; /* [table_limit]: private copy of an indirect table */
+};
+
+static inline int vq_break(struct vq *q, int status, uint32_t at)
+{
+    q->broken = status;
+    q->broken_at = at;
+    return status;
+}

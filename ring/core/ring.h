@@ -1,0 +1,198 @@
+/*
+ * The contract of the virtqueue core: everything a caller may see, and word for word the cffi
+ * definition of the extension module (ring/_build.py feeds this very file to ffi.cdef). That is why it
+ * holds only declarations, comments, plain integer #defines, enums and plain structs: no guard, no
+ * #include, no static inline. A drift between header and binding is thereby impossible.
+ *
+ * Words: the device is our side, the driver is the guest's. An address is a gpa (guest-physical), a uva
+ * (front-end virtual, what SET_VRING_ADDR carries) or an hva (ours).
+ *
+ * Specification: virtio 1.x, "Split Virtqueues" (2.7 in 1.2).
+ */
+
+/* ------------------------------------------------------------------------------------- status */
+
+/* What a verb answers. Zero and above is fine, below zero a rule was broken. Every code has one row in
+ * ring/errors.py, which gives the words a person reads. */
+enum ring_status {
+    RING_OK = 0,
+    RING_EMPTY = 1, /* the driver has made nothing (more) available */
+    RING_MORE = 2,  /* the chain goes on: call vq_walk again */
+    RING_MISS = 3,  /* an IOMMU translation is missing: vq_fault_address() names it; un-pop and park */
+
+    /* The chain cannot be followed: it goes back used with length 0, the ring goes on. */
+    RING_E_NEXT_RANGE = -1,       /* next names a descriptor outside the table */
+    RING_E_LOOP = -2,             /* more descriptors than the table has: a cycle */
+    RING_E_PIECES = -3,           /* more pieces than one readv/writev can take */
+    RING_E_ORDER = -4,            /* a device-readable descriptor after a device-writable one */
+    RING_E_INDIRECT_OFF = -5,     /* INDIRECT without the feature */
+    RING_E_INDIRECT_NEXT = -6,    /* INDIRECT and NEXT in one descriptor */
+    RING_E_INDIRECT_NESTED = -7,  /* INDIRECT inside an indirect table */
+    RING_E_INDIRECT_LENGTH = -8,  /* table length zero, not a multiple of 16, or beyond the limit */
+    RING_E_UNMAPPED = -9,         /* a buffer (or indirect table) outside guest memory */
+    RING_E_LENGTH = -10,          /* the chain's lengths add up to more than 4 GiB */
+
+    /* The ring itself has lost its meaning: it stops until the front-end sets it up again. */
+    RING_E_AVAIL_AHEAD = -32,     /* available index ahead by more than the queue size */
+    RING_E_HEAD_RANGE = -33,      /* an available entry names a descriptor outside the table */
+    RING_E_MEMORY_GONE = -34,     /* the memory under the ring or a buffer vanished (SIGBUS) */
+
+    /* A request of our own control plane that cannot be met. */
+    RING_E_QUEUE_SIZE = -64,      /* zero, above 32768, or (split) not a power of two */
+    RING_E_RING_ALIGNMENT = -65,  /* descriptor table 16, available 2, used 4 bytes */
+    RING_E_RING_UNMAPPED = -66,   /* a ring part is not wholly inside one region */
+    RING_E_REGION = -67,          /* size zero, overflow, overlap, or a file too short */
+    RING_E_NOMEM = -68,           /* malloc or mmap failed: errno says why */
+    RING_E_BUSY = -69,            /* the queue is lent to a pump */
+    RING_E_GUARD = -70            /* the SIGBUS guard is not installed or not effective */
+};
+
+#define RING_QUEUE_SIZE_MAX 32768
+/* One less than the kernel's UIO_MAXIOV: the private net header is a piece of its own. */
+#define RING_PIECES_MAX 1023
+
+/* -------------------------------------------------------------------------------- guest memory */
+
+/* Where guest memory lies. `hva` is filled by guestmem_map. gpa, uva, size in bytes. */
+struct guest_region {
+    uint64_t gpa;
+    uint64_t uva;
+    uint64_t size;
+    uint8_t *hva;
+};
+
+/* A run of our own address space, laid out as struct iovec. */
+struct piece {
+    uint8_t *base;
+    size_t len;
+};
+
+/* An immutable table of regions, sorted by gpa. It does not own the mappings; ring/guestmem.py does. */
+struct guestmem;
+
+/* mmap `size` bytes of `fd` from `offset` (page alignment is taken care of), shared, readable and
+ * writable, kept out of core dumps. The mapping is entered into the SIGBUS guard's table with `owner`,
+ * an int the guard sets to 1 when memory of that owner vanishes.
+ * -> RING_OK and *hva, *base, *length (what guestmem_unmap takes); RING_E_NOMEM with errno. */
+int guestmem_map(int fd, uint64_t size, uint64_t offset, int32_t *owner, uint8_t **hva, uint8_t **base,
+                 size_t *length);
+void guestmem_unmap(uint8_t *base, size_t length);
+
+/* -> a table, or NULL with *status RING_E_REGION (overlap, overflow, zero) or RING_E_NOMEM. `owner` is
+ * the int given to guestmem_map; the rings read it to learn that their memory is gone. */
+struct guestmem *guestmem_new(const struct guest_region *regions, uint32_t count, int32_t *owner,
+                              int *status);
+void guestmem_free(struct guestmem *mem);
+
+/* Translate [gpa, gpa+len) into pieces. -> number of pieces (> 0; 0 for len 0), RING_E_UNMAPPED, or
+ * RING_E_PIECES when more than `max` would be needed. */
+int guestmem_pieces(const struct guestmem *mem, uint64_t gpa, uint64_t len, struct piece *out,
+                    uint32_t max);
+/* Translate [uva, uva+len), which must lie inside one region. -> hva or NULL. */
+uint8_t *guestmem_uva(const struct guestmem *mem, uint64_t uva, uint64_t len);
+
+/* Copy between pieces and private memory under the guard, starting `offset` bytes into the pieces.
+ * -> bytes copied (short when the pieces end), or RING_E_MEMORY_GONE. */
+int64_t pieces_read(const struct piece *pieces, uint32_t count, uint64_t offset, uint8_t *to, size_t len);
+int64_t pieces_write(const struct piece *pieces, uint32_t count, uint64_t offset, const uint8_t *from,
+                     size_t len);
+
+/* ------------------------------------------------------------------------------- SIGBUS guard */
+
+/* Install the handler (again, if something replaced it) and prove it: a private file is truncated under
+ * a mapping and touched. -> RING_OK or RING_E_GUARD. Threads that run rings call it implicitly. */
+int guard_install(void);
+
+/* ----------------------------------------------------------------------------------- virtqueue */
+
+/* The device's half of one virtqueue. Not thread safe: one owner at a time. */
+struct vq;
+
+struct vq_config {
+    uint32_t size;     /* descriptors; a power of two up to 32768 */
+    uint32_t base;     /* next available index, as SET_VRING_BASE encodes it */
+    uint64_t desc;     /* uva of the descriptor table, 16 bytes aligned */
+    uint64_t avail;    /* uva of the available ring, 2 bytes aligned */
+    uint64_t used;     /* uva of the used ring, 4 bytes aligned */
+    uint64_t features; /* negotiated virtio features: INDIRECT_DESC (28), EVENT_IDX (29) matter here */
+};
+
+/* One chain of descriptors, translated. pieces[0, readable) is for the device to read,
+ * pieces[readable, readable+writable) for it to write. */
+struct chain {
+    uint32_t head;         /* descriptor index the chain starts at: what the used element names */
+    uint32_t descriptors;  /* descriptors walked, indirect ones included */
+    uint32_t readable;
+    uint32_t writable;
+    uint64_t readable_len; /* bytes */
+    uint64_t writable_len; /* bytes */
+    int32_t status;        /* RING_OK, or the rule the chain broke */
+    uint32_t bad;          /* the descriptor that broke it (index in its table) */
+};
+
+/* Why a used-buffer notification is sent or not: what `vdev step` answers to "why no interrupt?". */
+enum call_reason {
+    CALL_NOTHING_NEW = 0,     /* nothing published since the last decision */
+    CALL_FLAG_WANTS = 1,      /* avail.flags is 0 */
+    CALL_FLAG_SUPPRESSED = 2, /* avail.flags has NO_INTERRUPT */
+    CALL_EVENT_REACHED = 3,   /* used_event lies in what was just published */
+    CALL_EVENT_AHEAD = 4,     /* used_event has not been reached */
+    CALL_FIRST = 5            /* first publication since start: the driver may have missed one */
+};
+
+/* What the rings look like from our side; indices are free-running modulo 65536. */
+struct vq_state {
+    uint32_t size;
+    uint32_t next_avail;  /* next available index to take */
+    uint32_t avail_seen;  /* available index as last read */
+    uint32_t next_used;   /* next used index to write */
+    uint32_t published;   /* used index the driver can see */
+    uint32_t kicks_wanted;
+    int32_t broken;       /* RING_OK or the code that stopped the ring */
+    uint32_t broken_at;   /* what it was about: an index, a head or a descriptor */
+};
+
+/* Resolve the ring parts and read used.idx once (after a crash of a predecessor it is the truth).
+ * -> NULL with *status RING_E_QUEUE_SIZE, _RING_ALIGNMENT, _RING_UNMAPPED, _MEMORY_GONE or _NOMEM. */
+struct vq *vq_new(const struct guestmem *mem, const struct vq_config *config, int *status);
+void vq_free(struct vq *q);
+void vq_state(const struct vq *q, struct vq_state *out);
+/* The value GET_VRING_BASE answers. */
+uint32_t vq_base(const struct vq *q);
+/* Put a ring nobody is serving onto another memory table. -> as vq_new; on failure the ring is unchanged. */
+int vq_move(struct vq *q, const struct guestmem *mem);
+/* Declare the ring broken for a reason found outside it (a RING_E_* code): nothing touches its memory again. */
+void vq_fail(struct vq *q, int status);
+
+/* The verbs, one visible phase each. All may answer RING_E_MEMORY_GONE; a broken ring answers the code
+ * that broke it.
+ *
+ * vq_see      read avail.idx once. -> chains available (> 0), RING_EMPTY is never used here: 0 means none;
+ *             RING_E_AVAIL_AHEAD
+ * vq_take     read the next available entry into c->head. -> RING_OK, RING_EMPTY (see first), RING_E_HEAD_RANGE
+ * vq_walk     read the next descriptor of the chain (an indirect table: the whole table).
+ *             -> RING_MORE, RING_OK (chain complete), or the rule that the chain broke
+ * vq_pop      see if needed + take + walk to the end. -> RING_OK, RING_EMPTY, or the rule broken;
+ *             after a chain rule (-1 .. -31) c->head is valid and must be pushed with length 0
+ * vq_unpop    give back the `count` most recently popped chains, unused
+ * vq_push     write one used element; not visible to the driver yet
+ * vq_publish  store used.idx: everything pushed becomes visible
+ * vq_decide   full barrier, then: must the driver be notified? -> enum call_reason
+ * vq_arm      ask for kicks, full barrier, look at avail.idx once more. -> chains available, as vq_see
+ * vq_disarm   tell the driver that kicks are not needed
+ */
+int vq_see(struct vq *q);
+int vq_take(struct vq *q, struct chain *c);
+int vq_walk(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max);
+int vq_pop(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max);
+int vq_unpop(struct vq *q, uint32_t count);
+int vq_push(struct vq *q, uint32_t head, uint32_t written);
+int vq_publish(struct vq *q);
+int vq_decide(struct vq *q);
+int vq_arm(struct vq *q);
+int vq_disarm(struct vq *q);
+
+/* Does `reason` (enum call_reason) mean that the driver is to be notified? */
+int call_is_due(int reason);
+/* Digest of the C sources this module was built from: a stale build is detected by comparing. */
+const char *ring_sources_digest(void);

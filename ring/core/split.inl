@@ -1,0 +1,223 @@
+/*
+ * The split virtqueue, device side, as micro-steps (virtio 1.2, 2.7 "Split Virtqueues").
+ *
+ *     driver writes             device (here)
+ *     descriptor table          split_walk   reads each descriptor once, into private memory
+ *     available ring            split_see    reads idx once; split_take reads one entry
+ *       .used_event             split_decide
+ *     used ring                 split_push   writes elements, split_publish stores idx
+ *       .avail_event / .flags   split_arm, split_disarm
+ *
+ * Indices are free-running 16-bit numbers; the slot is the index modulo the queue size. Everything read
+ * from guest memory is copied once, checked, and only the copy is used: the driver can change any byte at
+ * any instant. What the driver cannot write bounds every loop: the queue size, the table's length.
+ *
+ * The step engine calls these one by one (split.c), the pumps inline them: one piece of code is both the
+ * lesson and the product. Callers hold a guard (internal.h); nothing here does.
+ */
+#include "internal.h"
+
+static inline uint16_t *split_used_event(const struct vq *q) { return &q->avail->ring[q->size]; }
+static inline uint16_t *split_avail_event(const struct vq *q) { return (uint16_t *)&q->used->ring[q->size]; }
+
+static inline int split_see(struct vq *q)
+{
+    /* Acquire: pairs with the driver's barrier between writing descriptors and entries and storing idx. */
+    uint16_t idx = load16_acquire(&q->avail->idx);
+    uint16_t ahead = (uint16_t)(idx - q->next_avail);
+
+    if (unlikely(ahead > q->size))
+        return vq_break(q, RING_E_AVAIL_AHEAD, idx);
+    q->avail_seen = idx;
+    return ahead;
+}
+
+static inline int split_take(struct vq *q, struct chain *c)
+{
+    if (q->next_avail == q->avail_seen)
+        return RING_EMPTY;
+    /* Relaxed: ordered after the acquire load of idx that showed this entry. */
+    uint16_t head = load16(&q->avail->ring[q->next_avail & q->mask]);
+    if (unlikely(head >= q->size))
+        return vq_break(q, RING_E_HEAD_RANGE, head);
+    q->next_avail++;
+    *c = (struct chain){.head = head};
+    q->walk = (struct walk){.next = head, .entries = q->size, .steps_left = q->size};
+    return RING_OK;
+}
+
+/* One snapshot of a descriptor: two loads of eight bytes; the table is 16-byte aligned. */
+static inline struct vring_desc split_read_descriptor(const struct vring_desc *from)
+{
+    struct vring_desc d;
+    uint64_t half[2];
+
+    half[0] = __atomic_load_n((const uint64_t *)(const void *)from, __ATOMIC_RELAXED);
+    half[1] = __atomic_load_n((const uint64_t *)(const void *)from + 1, __ATOMIC_RELAXED);
+    memcpy(&d, half, sizeof(d));
+    return d;
+}
+
+static inline int split_bad(struct chain *c, int rule, uint32_t descriptor)
+{
+    c->status = rule;
+    c->bad = descriptor;
+    return rule;
+}
+
+/* Copy a whole indirect table into private memory, so that it cannot change while it is walked. It may
+ * lie at any address and cross regions, even inside one descriptor. */
+static inline int split_enter_indirect(struct vq *q, struct chain *c, const struct vring_desc *d)
+{
+    struct walk *w = &q->walk;
+    uint32_t entries = d->len / sizeof(*d);
+    uint32_t at = w->next;
+    uint64_t gpa = d->addr, left = d->len;
+    uint8_t *to = (uint8_t *)q->table;
+
+    if (unlikely(!q->indirect))
+        return split_bad(c, RING_E_INDIRECT_OFF, at);
+    if (unlikely(w->indirect))
+        return split_bad(c, RING_E_INDIRECT_NESTED, at);
+    if (unlikely(d->flags & DESC_F_NEXT))
+        return split_bad(c, RING_E_INDIRECT_NEXT, at);
+    if (unlikely(entries == 0 || d->len % sizeof(*d) || entries > q->table_limit))
+        return split_bad(c, RING_E_INDIRECT_LENGTH, at);
+    while (left > 0) {
+        struct piece run;
+        const struct guest_region *r = guestmem_find(q->mem, gpa, &q->region_hint);
+        if (unlikely(!r))
+            return split_bad(c, RING_E_UNMAPPED, at);
+        run.base = r->hva + (gpa - r->gpa);
+        run.len = r->size - (gpa - r->gpa);
+        if (run.len > left)
+            run.len = left;
+        memcpy(to, run.base, run.len);
+        to += run.len;
+        gpa += run.len;
+        left -= run.len;
+    }
+    *w = (struct walk){
+        .indirect = true, .entries = entries, .steps_left = entries, .writable_seen = w->writable_seen};
+    return RING_MORE;
+}
+
+static inline int split_walk(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
+{
+    struct walk *w = &q->walk;
+    uint32_t at = w->next;
+
+    /* as many steps as the table has entries: a longer chain is a cycle (2.7.5.1: MUST NOT loop) */
+    if (unlikely(w->steps_left == 0))
+        return split_bad(c, RING_E_LOOP, at);
+    w->steps_left--;
+    struct vring_desc d = w->indirect ? q->table[at] : split_read_descriptor(&q->desc[at]);
+    c->descriptors++;
+    if (d.flags & DESC_F_INDIRECT)
+        return split_enter_indirect(q, c, &d); /* WRITE is ignored there, 2.7.5.3.2 */
+
+    if (d.flags & DESC_F_WRITE)
+        w->writable_seen = true;
+    else if (unlikely(w->writable_seen))
+        return split_bad(c, RING_E_ORDER, at);
+    if (likely(d.len > 0)) { /* the address of an empty buffer means nothing */
+        uint32_t used = c->readable + c->writable;
+        int n = guestmem_translate(q->mem, &q->region_hint, d.addr, d.len, pieces + used, max - used);
+        if (unlikely(n < 0))
+            return split_bad(c, n, at);
+        uint64_t *sum = d.flags & DESC_F_WRITE ? &c->writable_len : &c->readable_len;
+        *(d.flags & DESC_F_WRITE ? &c->writable : &c->readable) += (uint32_t)n;
+        *sum += d.len;
+        if (unlikely(c->writable_len + c->readable_len > UINT32_MAX))
+            return split_bad(c, RING_E_LENGTH, at);
+    }
+    if (!(d.flags & DESC_F_NEXT))
+        return RING_OK;
+    if (unlikely(d.next >= w->entries))
+        return split_bad(c, RING_E_NEXT_RANGE, at);
+    w->next = d.next;
+    return RING_MORE;
+}
+
+static inline int split_pop(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
+{
+    int status = split_take(q, c);
+
+    if (status == RING_EMPTY) {
+        status = split_see(q);
+        if (status <= 0)
+            return status < 0 ? status : RING_EMPTY;
+        status = split_take(q, c);
+    }
+    if (unlikely(status != RING_OK))
+        return status;
+    do
+        status = split_walk(q, c, pieces, max);
+    while (status == RING_MORE);
+    return status;
+}
+
+static inline void split_unpop(struct vq *q, uint32_t count)
+{
+    q->next_avail = (uint16_t)(q->next_avail - count);
+}
+
+static inline void split_push(struct vq *q, uint32_t head, uint32_t written)
+{
+    struct vring_used_elem *e = &q->used->ring[q->next_used & q->mask];
+
+    store32(&e->id, head);
+    store32(&e->len, written);
+    q->next_used++;
+}
+
+static inline void split_publish(struct vq *q)
+{
+    /* Release: elements and buffer contents before idx; pairs with the driver's barrier after reading it. */
+    store16_release(&q->used->idx, q->next_used);
+    q->published = q->next_used;
+}
+
+static inline int split_decide(struct vq *q)
+{
+    uint16_t before = q->decided, now = q->published;
+
+    if (before == now)
+        return CALL_NOTHING_NEW;
+    q->decided = now;
+    /* Full: our store of used.idx before our load of used_event or flags. The driver does the mirror
+     * image (stores used_event, barrier, loads used.idx), so one of the two sees the other. */
+    full_barrier();
+    if (!q->event_idx)
+        return load16(&q->avail->flags) & AVAIL_F_NO_INTERRUPT ? CALL_FLAG_SUPPRESSED : CALL_FLAG_WANTS;
+    uint16_t event = load16(split_used_event(q));
+    if (q->first_decision) {
+        q->first_decision = false;
+        return CALL_FIRST;
+    }
+    /* 2.7.10: due when an index in [before, now) equals used_event, across 65536 too */
+    return (uint16_t)(now - event - 1) < (uint16_t)(now - before) ? CALL_EVENT_REACHED : CALL_EVENT_AHEAD;
+}
+
+static inline int split_arm(struct vq *q)
+{
+    /* avail_seen, not next_avail: the driver does not kick again for chains it has already announced, so
+     * asking from one that was popped and given back would ask for nothing (2.7.10). */
+    if (q->event_idx)
+        store16(split_avail_event(q), q->avail_seen);
+    else
+        store16(&q->used->flags, 0);
+    q->kicks_wanted = true;
+    /* Full: the wish before the look. The driver stores avail.idx, barrier, loads avail_event or flags:
+     * either it kicks, or we see its chain here. */
+    full_barrier();
+    return split_see(q);
+}
+
+static inline void split_disarm(struct vq *q)
+{
+    /* With EVENT_IDX the stale avail_event is the suppression; flags must stay 0 there (2.7.10). */
+    if (!q->event_idx && q->kicks_wanted)
+        store16(&q->used->flags, USED_F_NO_NOTIFY);
+    q->kicks_wanted = false;
+}

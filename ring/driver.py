@@ -1,0 +1,218 @@
+"""The guest's half of a virtqueue, in plain Python: for tests, tools and lessons.
+
+    memory = GuestMemory(1 << 20)
+    queue = DriverQueue(memory, size=8)
+    queue.post(readable=[b"hello"], writable=[64])   # a chain of two descriptors
+    queue.submit()                                   # available index moves, kick if the device wants one
+    ...                                              # the device works
+    done = queue.collect()                           # head, bytes written, and those bytes
+
+DriverQueue is what a driver does with any ring: buffers, what is outstanding, the kick and call eventfds.
+What depends on the ring's format is its ``ring`` (ring/driver_split.py). Both trust the device as far as a
+checker should: what it may not do raises DeviceError.
+
+Every field of shared memory can be read and written by name, valid or not, so that a test can be the
+guest from hell: ``queue.ring.desc[3].flags = 0xFFFF``, ``queue.ring.avail.idx += 9``,
+``queue.ring.avail.ring[0] = 77``, ``queue.ring.avail.used_event = 5``. Addresses are gpas.
+"""
+
+import contextlib
+import os
+import select
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ring.driver_memory import Extent, GuestMemory, OutOfGuestMemory, Region
+from ring.driver_split import DESCRIPTOR, Buffer, DeviceError, RingFull, SplitRing
+
+__all__ = ["Buffer", "Completion", "DeviceError", "DriverQueue", "Extent", "GuestMemory", "OutOfGuestMemory",
+           "Region", "RingFull", "SplitRing"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A chain the device has used.
+
+    written: what the device put into used.len. data: the first ``written`` bytes of its writable buffers.
+    """
+
+    head: int
+    written: int
+    buffers: tuple[Buffer, ...]
+    data: bytes
+
+
+@dataclass
+class _Outstanding:
+    buffers: tuple[Buffer, ...]
+    slots: list[int]  # descriptors to give back
+    owned: list[int]  # allocations to free: indirect table, posted buffers
+
+
+class DriverQueue:
+    """A driver's virtqueue: chains out, completions in.
+
+    size, features, desc, avail, used, base: see :class:`SplitRing`. kick_fd and call_fd are eventfds of
+    this queue, for a device to wait on and to write.
+    """
+
+    def __init__(self, memory: GuestMemory, size: int = 256, features: int = 0, *, desc: int | None = None,
+                 avail: int | None = None, used: int | None = None, base: int = 0) -> None:
+        self.memory = memory
+        self.features = features
+        self.ring = SplitRing(memory, size, features, desc, avail, used, base)
+        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.kicks = 0
+        self._outstanding: dict[int, _Outstanding] = {}
+
+    def __enter__(self) -> "DriverQueue":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def outstanding(self) -> int:
+        """Chains given to the device and not collected yet."""
+        return len(self._outstanding)
+
+    # ------------------------------------------------------------------------------ driver -> device
+
+    def add(self, buffers: Iterable[Buffer], *, direct: int | None = None) -> int:
+        """Offer a chain of ``buffers``, which stay the caller's.
+
+        direct: so many in descriptors of the ring, the rest in an indirect table; None: all. -> the head.
+        Visible to the device after :meth:`publish`. Raises RingFull, ValueError for an empty chain.
+        """
+        return self._offer(tuple(buffers), direct, [])
+
+    def post(self, readable: Iterable[bytes] = (), writable: Iterable[int] = (), *,
+             direct: int | None = None) -> int:
+        """As :meth:`add`, with buffers made here: bytes for the device, then room of so many bytes each.
+
+        They are freed when the chain is collected. Raises OutOfGuestMemory as well.
+        """
+        buffers: list[Buffer] = []
+        owned: list[int] = []
+        try:
+            for data in readable:
+                owned.append(self.memory.alloc(len(data)))
+                self.memory.write(owned[-1], data)
+                buffers.append(Buffer(owned[-1], len(data)))
+            for size in writable:
+                owned.append(self.memory.alloc(size))
+                buffers.append(Buffer(owned[-1], size, writable=True))
+            return self._offer(tuple(buffers), direct, owned)
+        except Exception:
+            for gpa in owned:
+                self.memory.free(gpa)
+            raise
+
+    def _offer(self, buffers: tuple[Buffer, ...], direct: int | None, owned: list[int]) -> int:
+        if not buffers:
+            raise ValueError("a chain needs at least one buffer")
+        indirect = len(buffers) - direct if direct is not None else 0
+        if not 0 <= indirect <= len(buffers):
+            raise ValueError(f"{direct} direct descriptors for {len(buffers)} buffers")
+        table = self.memory.alloc(DESCRIPTOR.size * indirect) if indirect else None
+        try:
+            slots = self.ring.write_chain(buffers, table, len(buffers) - indirect)
+        except RingFull:
+            if table is not None:
+                self.memory.free(table)
+            raise
+        self._outstanding[slots[0]] = _Outstanding(
+            buffers, slots, owned if table is None else [*owned, table])
+        self.ring.offer(slots[0])
+        return slots[0]
+
+    def publish(self) -> None:
+        """Make all chains offered visible to the device."""
+        self.ring.publish()
+
+    def kick(self) -> None:
+        """Notify the device, wanted or not."""
+        self.kicks += 1
+        os.eventfd_write(self.kick_fd, 1)
+
+    def submit(self) -> bool:
+        """Publish, and kick if the device wants it -> whether it did."""
+        self.publish()
+        due = self.ring.kick_due()
+        if due:
+            self.kick()
+        return due
+
+    # ------------------------------------------------------------------------------ device -> driver
+
+    def collect(self) -> Completion | None:
+        """Take the next used chain, or None. Its descriptors, and what :meth:`post` made, are free again.
+
+        Raises DeviceError for a head that is not outstanding or more bytes than the chain has room for.
+        """
+        entry = self.ring.next_completion()
+        if entry is None:
+            return None
+        head, written = entry
+        chain = self._outstanding.pop(head, None)
+        if chain is None:
+            raise DeviceError(f"used element names head {head}, which is not outstanding")
+        room = sum(buffer.len for buffer in chain.buffers if buffer.writable)
+        if written > room:
+            raise DeviceError(f"used element of head {head} says {written} bytes, "
+                              f"the chain has room for {room}")
+        done = Completion(head, written, chain.buffers, self._gather(chain.buffers, written))
+        self.ring.free.extend(chain.slots)
+        for gpa in chain.owned:
+            self.memory.free(gpa)
+        return done
+
+    def _gather(self, buffers: Iterable[Buffer], length: int) -> bytes:
+        parts = []
+        for buffer in buffers:
+            if buffer.writable and length:
+                parts.append(self.memory.read(buffer.gpa, min(length, buffer.len)))
+                length -= len(parts[-1])
+        return b"".join(parts)
+
+    def collect_all(self) -> list[Completion]:
+        """Every used chain there is."""
+        done = []
+        while (completion := self.collect()) is not None:
+            done.append(completion)
+        return done
+
+    def called(self) -> bool:
+        """Has the device notified since the last question?"""
+        with contextlib.suppress(BlockingIOError):
+            return os.eventfd_read(self.call_fd) > 0
+        return False
+
+    def wait(self, timeout: float, count: int = 1) -> bool:
+        """Ask for a notification and sleep until ``count`` used chains can be collected.
+
+        -> False after ``timeout`` seconds. Once asleep only a notification wakes it: used chains for which
+        the device owes one and sends none do not count.
+        """
+        waiter = select.poll()
+        waiter.register(self.call_fd, select.POLLIN)
+        deadline = time.monotonic() + timeout
+        while not self.ring.want_calls(count):
+            if not waiter.poll(max(0, deadline - time.monotonic()) * 1000):
+                return False
+            self.called()
+        return True
+
+    def close(self) -> None:
+        """Free the ring and what is still outstanding, close the eventfds. Idempotent."""
+        for chain in self._outstanding.values():
+            for gpa in chain.owned:
+                self.memory.free(gpa)
+        self._outstanding.clear()
+        self.ring.close()
+        for name in ("kick_fd", "call_fd"):
+            if getattr(self, name) >= 0:
+                os.close(getattr(self, name))
+                setattr(self, name, -1)

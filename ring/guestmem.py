@@ -1,0 +1,138 @@
+"""Guest memory as the front-end shares it: checking, mapping, and the tables that translate addresses.
+
+``Mapping`` owns one mmap. ``GuestMemory`` is an immutable set of mappings with its translation table; a
+change makes a new ``GuestMemory`` that shares the mappings it keeps. Python never touches the memory
+itself: a front-end can truncate its file at any time, and only the C core's guard survives that.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ring.build import ffi, lib
+from ring.errors import SetupError, error
+
+TMPFS_MAGIC = 0x01021994  # memfd included
+HUGETLBFS_MAGIC = 0x958458F6
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _file_system(fd: int) -> int:
+    """The magic number of the file system ``fd`` lies on (os.statvfs does not tell it)."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.fstatfs(fd, buffer) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return ctypes.c_long.from_buffer(buffer).value
+
+
+def _refuse(text: str) -> SetupError:
+    return SetupError("RING_E_REGION", text)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What memory is accepted. max_bytes bounds the sum of all regions; any_file_system also takes files
+    that are neither tmpfs (memfd included) nor hugetlbfs, whose pages may never arrive."""
+
+    max_bytes: int = 1 << 42
+    any_file_system: bool = False
+
+    def check_total(self, size: int) -> None:
+        """Raise SetupError if ``size`` bytes in all are too much."""
+        if size > self.max_bytes:
+            raise _refuse(f"{size:#x} bytes of guest memory are more than the {self.max_bytes:#x} accepted here")
+
+
+DEFAULT_POLICY = Policy()
+
+
+class Mapping:
+    """One region of guest memory: gpa and uva are where the guest and the front-end have it.
+
+    Raises SetupError when the file is not what guest memory can be: not a regular file, on a file system
+    whose pages may block, shorter than ``offset + size`` (touching the rest would raise SIGBUS), read-only
+    or sealed against writing. ``fd`` stays the caller's and may be closed afterwards.
+    """
+
+    def __init__(self, fd: int, gpa: int, uva: int, size: int, offset: int, owner, policy: Policy = DEFAULT_POLICY):
+        self.gpa, self.uva, self.size = gpa, uva, size
+        self._owner = owner
+        self._base = None
+        where = f"memory region at {gpa:#x}"
+        if size <= 0 or offset < 0 or offset + size >= 1 << 63:
+            raise _refuse(f"{where}: size {size:#x} at offset {offset:#x} of its file makes no sense")
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise _refuse(f"{where}: its descriptor is no regular file; use a memfd or a file in /dev/shm")
+        if not policy.any_file_system and _file_system(fd) not in (TMPFS_MAGIC, HUGETLBFS_MAGIC):
+            raise _refuse(f"{where}: its file is neither on tmpfs (memfd) nor on hugetlbfs; "
+                          "use memory-backend-memfd,share=on")
+        if status.st_size < offset + size:
+            raise _refuse(f"{where}: its file has {status.st_size:#x} bytes, the region needs {offset + size:#x}")
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+            raise _refuse(f"{where}: its file is not open for reading and writing")
+        hva, base, length = ffi.new("uint8_t **"), ffi.new("uint8_t **"), ffi.new("size_t *")
+        code = lib.guestmem_map(fd, size, offset, owner, hva, base, length)
+        if code < 0:
+            reason = os.strerror(ffi.errno) if code == lib.RING_E_NOMEM else "offset or size out of range"
+            hint = "; the file is sealed against writing" if ffi.errno in (errno.EPERM, errno.EACCES) else ""
+            raise _refuse(f"{where}: cannot be mapped ({reason}{hint})")
+        self._hva, self._base, self._length = hva[0], base[0], length[0]
+
+    def covers(self, gpa: int, uva: int, size: int) -> bool:
+        """Is this the region a front-end names so? (REM_MEM_REG compares these three.)"""
+        return (self.gpa, self.uva, self.size) == (gpa, uva, size)
+
+    def close(self) -> None:
+        """Unmap. No queue and no pump may use it any more."""
+        if self._base is not None:
+            lib.guestmem_unmap(self._base, self._length)
+            self._base = None
+
+
+class Owner:
+    """Whose memory it is: what the SIGBUS guard marks when one of its mappings vanishes."""
+
+    def __init__(self):
+        self._flag = ffi.new("int32_t *")
+
+    def map(self, fd: int, gpa: int, uva: int, size: int, offset: int = 0, policy: Policy = DEFAULT_POLICY) -> Mapping:
+        """Map one region for this owner; see Mapping."""
+        return Mapping(fd, gpa, uva, size, offset, self._flag, policy)
+
+    @property
+    def gone(self) -> bool:
+        """Did any of its memory vanish?"""
+        return bool(self._flag[0])
+
+    def table(self, mappings: Iterable[Mapping]) -> "GuestMemory":
+        """An immutable translation table over ``mappings`` (at least one; neither their gpa nor their uva
+        ranges may overlap). Raises SetupError."""
+        return GuestMemory(tuple(mappings), self._flag)
+
+
+class GuestMemory:
+    """An immutable table of mappings. Does not own them: ``close`` frees the table alone."""
+
+    def __init__(self, mappings: tuple[Mapping, ...], flag):
+        self.mappings = mappings
+        self._flag = flag
+        regions = ffi.new("struct guest_region[]", len(mappings))
+        for region, mapping in zip(regions, mappings, strict=True):
+            region.gpa, region.uva, region.size, region.hva = mapping.gpa, mapping.uva, mapping.size, mapping._hva
+        status = ffi.new("int *")
+        self.handle = lib.guestmem_new(regions, len(mappings), flag, status)
+        if self.handle == ffi.NULL:
+            raise error(status[0])
+
+    def close(self) -> None:
+        """Free the table. No queue may use it any more."""
+        if self.handle != ffi.NULL:
+            lib.guestmem_free(self.handle)
+            self.handle = ffi.NULL

@@ -1,0 +1,77 @@
+/*
+ * What a lane is made of: shared by the worker (pump.c) and the code that moves frames (pump_fd.c).
+ * All of it belongs to whoever owns the lane, except `events`, `stats` and `attached`, which may be read
+ * from the control thread at any time.
+ */
+#pragma once
+
+#include <stdbool.h>
+
+#include "../core/internal.h"
+#include "header.h"
+#include "include.h"
+
+/* Largest frame with its header that a port can hand us; also the size of the private buffer. */
+#define FRAME_ROOM (65536 + 512)
+
+/* What a lane has to do next. */
+enum work {
+    WORK_FROM_GUEST = 1,
+    WORK_TO_GUEST = 2,
+};
+
+/* One buffer of the guest that a frame is spread over. */
+struct filled {
+    uint32_t head;
+    uint32_t written;
+};
+
+/* A descriptor the worker waits on; epoll hands back its address. */
+struct source {
+    struct lane *lane;
+    uint32_t armed; /* the epoll events asked for; 0: not registered */
+    uint32_t work;  /* enum work bits that its readiness means */
+    int fd;
+    bool kick;
+};
+
+struct lane {
+    struct lane_config config;
+    struct lane_stats stats;
+    uint32_t events; /* enum lane_event, atomic */
+    struct pump *attached; /* NULL: the caller's */
+
+    uint32_t work;
+    bool call_from_guest; /* the call descriptor of a running queue changed: signal it once */
+    bool call_to_guest;
+    bool blocked;    /* the port takes no more: a chain was given back, wait until it is writable */
+    bool starved;    /* the guest has no buffers: the port is not read until it kicks */
+    bool port_gone;
+    bool memory_gone;
+
+    struct source kick_from_guest, kick_to_guest, port_in, port_out;
+
+    /* to_guest */
+    uint32_t expect;      /* bytes the next frame probably has, with its header */
+    uint32_t held;        /* bytes of a frame in `room` that waits for buffers, 0: none */
+    struct net_header held_header;
+    struct filled *filled; /* [queue size] */
+    uint32_t filled_room;
+
+    struct piece pieces[RING_PIECES_MAX + 3]; /* a private header before, a private tail behind */
+    uint8_t room[FRAME_ROOM];
+};
+
+/* Serve one direction until it is idle, blocked, or its budget is used up (then the work bit stays set).
+ * Guest memory that vanishes sets memory_gone. Called with the worker's thread prepared for guards. */
+void serve_from_guest(struct lane *l);
+void serve_to_guest(struct lane *l);
+
+/* Note an event for the control thread; the worker reports it after the round. */
+static inline void lane_event(struct lane *l, uint32_t event)
+{
+    __atomic_fetch_or(&l->events, event, __ATOMIC_RELAXED);
+}
+
+/* Signal an eventfd or pipe without ever blocking on its other side. */
+void signal_descriptor(int fd);

@@ -1,0 +1,95 @@
+/*
+ * The contract of the fd pump: a worker thread that moves frames between virtqueues and file
+ * descriptors. Word for word part of the cffi definition, like core/ring.h.
+ *
+ * A lane is one queue pair joined to one queue of a port. It belongs to exactly one side at a time:
+ * to its pump while attached, to the caller while detached. Only a detached lane may be configured,
+ * and its virtqueues answer step calls only then. Frames have a virtio_net_hdr of 12 bytes on the
+ * guest's side, and `port_header` bytes (12 or 0) on the port's.
+ */
+
+struct pump; /* one worker thread */
+struct lane; /* one queue pair at one port */
+
+/* Why a frame was lost. Each lost frame is counted in exactly one of these. */
+enum drop_reason {
+    DROP_BAD_CHAIN = 0,     /* the chain broke a rule of the ring */
+    DROP_BAD_HEADER = 1,    /* the net header is inconsistent or uses what was not negotiated */
+    DROP_BAD_LENGTH = 2,    /* shorter than an Ethernet header, or longer than a frame can be */
+    DROP_DISABLED = 3,      /* the queue is disabled: consumed and discarded as the protocol demands */
+    DROP_PORT = 4,          /* the port refused the frame (link down, EINVAL, short write) */
+    DROP_NO_PORT = 5,       /* the port is gone */
+    DROP_TOO_SMALL = 6,     /* the guest's buffers are too small for the frame */
+    DROP_OFFLOAD = 7,       /* the frame needs an offload the guest did not negotiate */
+    DROP_NULL = 8,          /* the port is null: */
+    DROP_REASONS = 9
+};
+
+/* One direction's counters since the lane was made; only ever grow. */
+struct flow_stats {
+    uint64_t frames;
+    uint64_t bytes;          /* without the net header */
+    uint64_t gso_frames;
+    uint64_t dropped[9];     /* by enum drop_reason */
+    uint64_t bad_chains;     /* returned with length 0 because they broke a rule */
+    uint64_t kicks;          /* wake-ups by the driver */
+    uint64_t calls;          /* notifications sent to the driver */
+    uint64_t calls_saved;    /* publications that needed none */
+    uint64_t bursts;         /* times the ring was served */
+};
+
+struct lane_stats {
+    struct flow_stats from_guest;
+    struct flow_stats to_guest;
+};
+
+/* What happened that the control plane has to know. Bits of lane_events(). */
+enum lane_event {
+    LANE_FROM_GUEST_BROKEN = 1, /* vq_state() of that queue tells the rule */
+    LANE_TO_GUEST_BROKEN = 2,
+    LANE_MEMORY_GONE = 4,       /* guest memory vanished: the device must be closed */
+    LANE_PORT_GONE = 8,
+    LANE_KICKED = 16            /* a kick came while watch_kicks was set */
+};
+
+struct flow_config {
+    struct vq *queue;  /* NULL: not started */
+    int32_t enabled;
+    int32_t kick;      /* eventfds, -1 for none; they stay the caller's. A started queue with kick -1 is polled */
+    int32_t call;
+    int32_t err;
+};
+
+struct lane_config {
+    struct flow_config from_guest; /* transmitq */
+    struct flow_config to_guest;   /* receiveq */
+    int32_t to_port;               /* descriptor written, -1: discard */
+    int32_t from_port;             /* descriptor read, -1: nothing comes */
+    uint32_t port_header;
+    uint32_t max_frame;            /* bytes without header */
+    uint32_t gso_size_min;         /* smaller segment sizes from the guest are refused */
+    uint32_t mtu;                  /* frames to the guest without GSO are no longer than this and their
+                                    * Ethernet header; 0: no limit (MTU was not negotiated) */
+    int32_t watch_kicks;           /* report kicks, even of a queue that is not started */
+    uint64_t features;             /* negotiated */
+};
+
+/* -> NULL with errno. `report` is an eventfd of the caller, written when a lane has events. */
+struct pump *pump_new(int report);
+/* All lanes must be detached. Waits for the thread to end. */
+void pump_free(struct pump *p);
+
+struct lane *lane_new(void);
+void lane_free(struct lane *l);
+/* -> RING_OK, RING_E_BUSY when attached. */
+int lane_configure(struct lane *l, const struct lane_config *config);
+void lane_stats_get(const struct lane *l, struct lane_stats *out);
+/* The events since the last call, and forgets them. */
+uint32_t lane_events(struct lane *l);
+
+/* Hand over; each queue is looked at once without a kick and its driver is called once.
+ * -> RING_OK or RING_E_BUSY / RING_E_NOMEM. */
+int pump_attach(struct pump *p, struct lane *l);
+/* Take back: returns when the worker has left the lane and given back what it had popped.
+ * -> RING_OK, or RING_E_BUSY when that takes longer than timeout_ms (the lane then stays the pump's). */
+int pump_detach(struct pump *p, struct lane *l, int timeout_ms);

@@ -1,0 +1,140 @@
+/* From the guest to the port: one burst of a transmitq.
+ *
+ * A chain is popped, its first 12 bytes copied to private memory, checked and cleaned (header.c), and that
+ * copy goes to the port together with the rest of the chain, straight from guest memory:
+ * writev([header][pieces...]). Then the chain is pushed, length 0. Used entries are published once a burst,
+ * after the writes: if we die in between, a frame may leave twice, never not at all.
+ *
+ * A port that takes no more gets its chain back into the ring, and the lane waits until it is writable. A
+ * disabled queue, a port that is gone and a null port are drained: the guest must not be held up by them.
+ *
+ * The guard is armed once a burst. Guest memory that vanishes ends the burst: the lane is dead then and the
+ * control thread closes the device, so nothing of the burst's progress has to be trusted.
+ */
+#include <sys/uio.h>
+
+#include "flow.h"
+
+enum sent { SENT, BLOCKED, MEMORY_GONE };
+
+/* Give the frame of one chain to the port. pieces[0] is free for the header. */
+static enum sent send_frame(struct lane *l, const struct chain *c)
+{
+    struct flow_stats *stats = &l->stats.from_guest;
+    struct net_header header;
+    struct piece *pieces = l->pieces + 1;
+    uint32_t first = 0, skip = NET_HEADER;
+
+    if (!l->config.from_guest.enabled)
+        return count_drop(stats, DROP_DISABLED), SENT;
+    if (c->writable) /* 5.1.6.2: a transmitted packet is device-readable only */
+        return count_drop(stats, DROP_BAD_CHAIN), stats->bad_chains++, SENT;
+    if (c->readable_len < NET_HEADER + ETHERNET_HEADER || c->readable_len > NET_HEADER + (uint64_t)l->config.max_frame)
+        return count_drop(stats, DROP_BAD_LENGTH), SENT;
+    uint64_t length = c->readable_len - NET_HEADER;
+    pieces_copy(pieces, c->readable, 0, (uint8_t *)&header, NET_HEADER, false);
+    __asm__ volatile("" : "+m"(header)); /* decide on this copy, not on a second read of its source */
+    if (header_from_guest(&header, length, l->config.features, l->config.gso_size_min))
+        return count_drop(stats, DROP_BAD_HEADER), SENT;
+    if (l->config.to_port < 0)
+        return count_drop(stats, DROP_NULL), SENT;
+    if (l->port_gone)
+        return count_drop(stats, DROP_NO_PORT), SENT;
+
+    while (pieces[first].len <= skip)
+        skip -= (uint32_t)pieces[first++].len;
+    pieces[first].base += skip;
+    pieces[first].len -= skip;
+    const struct piece *from = pieces + first;
+    uint32_t count = c->readable - first;
+    if (l->config.port_header) {
+        pieces[(int)first - 1] = (struct piece){(uint8_t *)&header, NET_HEADER};
+        from--;
+        count++;
+    }
+    ssize_t written = writev(l->config.to_port, (const struct iovec *)from, (int)count);
+    if (likely(written == (ssize_t)(length + l->config.port_header))) {
+        stats->frames++;
+        stats->bytes += length;
+        stats->gso_frames += header.gso_type != 0;
+        return SENT;
+    }
+    if (written < 0 && errno == EAGAIN)
+        return BLOCKED;
+    if (written < 0 && errno == EFAULT)
+        return MEMORY_GONE;
+    if (written < 0 && port_is_dead(errno)) {
+        port_lost(l);
+        return count_drop(stats, DROP_NO_PORT), SENT;
+    }
+    return count_drop(stats, DROP_PORT), SENT;
+}
+
+/* -> false when the direction has to stop: broken, blocked or memory gone. */
+static bool burst_from_guest(struct lane *l, struct vq *q, uint32_t count)
+{
+    struct flow_stats *stats = &l->stats.from_guest;
+    struct chain c;
+
+    while (count-- > 0) {
+        int status = split_pop(q, &c, l->pieces + 1, RING_PIECES_MAX);
+        if (unlikely(status < 0)) {
+            if (q->broken)
+                return false;
+            stats->bad_chains++;
+            count_drop(stats, DROP_BAD_CHAIN);
+            split_push(q, c.head, 0);
+            continue;
+        }
+        switch (send_frame(l, &c)) {
+        case SENT:
+            split_push(q, c.head, 0);
+            break;
+        case BLOCKED:
+            split_unpop(q, 1);
+            l->blocked = true;
+            return false;
+        case MEMORY_GONE:
+            l->memory_gone = true;
+            return false;
+        }
+    }
+    return true;
+}
+
+static void from_guest_guarded(struct lane *l)
+{
+    const struct flow_config *flow = &l->config.from_guest;
+    struct vq *q = flow->queue;
+
+    split_disarm(q);
+    for (int i = 0; i < BURSTS; i++) {
+        int ahead = split_see(q);
+        if (ahead == 0) {
+            ahead = split_arm(q);
+            if (ahead == 0) {
+                l->work &= ~(uint32_t)WORK_FROM_GUEST;
+                return;
+            }
+            split_disarm(q);
+        }
+        if (ahead < 0 || !burst_from_guest(l, q, ahead < BURST_FRAMES ? (uint32_t)ahead : BURST_FRAMES)) {
+            if (!l->memory_gone)
+                publish(q, flow, &l->stats.from_guest);
+            if (q->broken)
+                break_queue(l, flow, LANE_FROM_GUEST_BROKEN);
+            l->work &= ~(uint32_t)WORK_FROM_GUEST;
+            return;
+        }
+        publish(q, flow, &l->stats.from_guest);
+    }
+}
+
+void serve_from_guest(struct lane *l)
+{
+    if (l->blocked) {
+        l->work &= ~(uint32_t)WORK_FROM_GUEST;
+        return;
+    }
+    serve_guarded(l, &l->config.from_guest, &l->stats.from_guest, WORK_FROM_GUEST, from_guest_guarded);
+}

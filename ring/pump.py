@@ -1,0 +1,164 @@
+"""The pump from Python: worker threads in C, and the lanes lent to them (contract: plane/pump.h).
+
+A lane joins one queue pair to one queue of a port. While it is attached, its queues belong to the worker
+and step calls on them raise QueueBusy.
+"""
+
+import os
+from dataclasses import dataclass, field
+from enum import IntFlag
+
+from ring.build import ffi, lib
+from ring.errors import error
+from ring.virtqueue import VirtQueue, guard
+
+# enum drop_reason, as the names are printed
+DROP_REASONS = ("bad_chain", "bad_header", "bad_length", "disabled", "port", "no_port", "too_small", "offload", "null")
+
+DETACH_TIMEOUT_MS = 100
+
+
+class LaneEvent(IntFlag):
+    """What a worker reports (enum lane_event)."""
+
+    FROM_GUEST_BROKEN = lib.LANE_FROM_GUEST_BROKEN
+    TO_GUEST_BROKEN = lib.LANE_TO_GUEST_BROKEN
+    MEMORY_GONE = lib.LANE_MEMORY_GONE
+    PORT_GONE = lib.LANE_PORT_GONE
+    KICKED = lib.LANE_KICKED
+
+
+@dataclass
+class Flow:
+    """One direction of a lane: its started queue (None: not started) and descriptors (-1: none)."""
+
+    queue: VirtQueue | None = None
+    enabled: bool = False
+    kick: int = -1
+    call: int = -1
+    err: int = -1
+
+
+@dataclass
+class LaneConfig:
+    """What a lane does; see struct lane_config in plane/pump.h for the units."""
+
+    from_guest: Flow = field(default_factory=Flow)
+    to_guest: Flow = field(default_factory=Flow)
+    to_port: int = -1
+    from_port: int = -1
+    port_header: int = 12
+    max_frame: int = 65550
+    gso_size_min: int = 48
+    mtu: int = 0
+    watch_kicks: bool = False
+    features: int = 0
+
+
+@dataclass(frozen=True)
+class FlowStats:
+    """Counters of one direction, ever growing. dropped: reason (DROP_REASONS) -> frames, zeros left out."""
+
+    frames: int
+    bytes: int
+    gso_frames: int
+    dropped: dict[str, int]
+    bad_chains: int
+    kicks: int
+    calls: int
+    calls_saved: int
+    bursts: int
+
+    def __add__(self, other: "FlowStats") -> "FlowStats":
+        reasons = self.dropped.keys() | other.dropped.keys()
+        dropped = {reason: self.dropped.get(reason, 0) + other.dropped.get(reason, 0)
+                   for reason in DROP_REASONS if reason in reasons}
+        return FlowStats(self.frames + other.frames, self.bytes + other.bytes, self.gso_frames + other.gso_frames,
+                         dropped, self.bad_chains + other.bad_chains, self.kicks + other.kicks,
+                         self.calls + other.calls, self.calls_saved + other.calls_saved, self.bursts + other.bursts)
+
+
+def _flow_stats(c) -> FlowStats:
+    dropped = {reason: c.dropped[i] for i, reason in enumerate(DROP_REASONS) if c.dropped[i]}
+    return FlowStats(c.frames, c.bytes, c.gso_frames, dropped, c.bad_chains, c.kicks, c.calls, c.calls_saved, c.bursts)
+
+
+class Lane:
+    """One queue pair at one queue of a port. Counters live as long as it does."""
+
+    def __init__(self):
+        self._handle = lib.lane_new()
+        if self._handle == ffi.NULL:
+            raise MemoryError("a lane")
+        self.config = LaneConfig()
+        self._pump: Pump | None = None
+
+    def _queues(self) -> list[VirtQueue]:
+        flows = (self.config.from_guest, self.config.to_guest)
+        return [flow.queue for flow in flows if flow.queue is not None]
+
+    def configure(self, config: LaneConfig) -> None:
+        """Set what the lane does. Raises QueueBusy while it is attached."""
+        c = ffi.new("struct lane_config *")
+        for name in ("to_port", "from_port", "port_header", "max_frame", "gso_size_min", "mtu", "watch_kicks",
+                     "features"):
+            setattr(c, name, getattr(config, name))
+        for flow, to in ((config.from_guest, c.from_guest), (config.to_guest, c.to_guest)):
+            to.queue = flow.queue.handle if flow.queue else ffi.NULL
+            to.enabled, to.kick, to.call, to.err = flow.enabled, flow.kick, flow.call, flow.err
+        status = lib.lane_configure(self._handle, c)
+        if status < 0:
+            raise error(status)
+        self.config = config
+
+    def stats(self) -> tuple[FlowStats, FlowStats]:
+        """(from_guest, to_guest)."""
+        s = ffi.new("struct lane_stats *")
+        lib.lane_stats_get(self._handle, s)
+        return _flow_stats(s.from_guest), _flow_stats(s.to_guest)
+
+    def events(self) -> LaneEvent:
+        """What happened since the last call."""
+        return LaneEvent(lib.lane_events(self._handle))
+
+    def close(self) -> None:
+        """Free it; it must be detached."""
+        if self._pump is not None:
+            raise error(lib.RING_E_BUSY)
+        if self._handle != ffi.NULL:
+            lib.lane_free(self._handle)
+            self._handle = ffi.NULL
+
+
+class Pump:
+    """One worker thread. ``report`` is an eventfd of the caller, signalled when a lane has events."""
+
+    def __init__(self, report: int):
+        guard()
+        self._handle = lib.pump_new(report)
+        if self._handle == ffi.NULL:
+            raise OSError(ffi.errno, f"cannot start a worker thread: {os.strerror(ffi.errno)}")
+
+    def attach(self, lane: Lane) -> None:
+        """Lend the lane; its queues are looked at once without a kick."""
+        status = lib.pump_attach(self._handle, lane._handle)
+        if status < 0:
+            raise error(status)
+        lane._pump = self
+        for queue in lane._queues():
+            queue.lent = True
+
+    def detach(self, lane: Lane, timeout_ms: int = DETACH_TIMEOUT_MS) -> None:
+        """Take the lane back once the worker has left it. Raises QueueBusy after ``timeout_ms``."""
+        status = lib.pump_detach(self._handle, lane._handle, timeout_ms)
+        if status < 0:
+            raise error(status, detail=f"the worker did not let go within {timeout_ms} ms")
+        lane._pump = None
+        for queue in lane._queues():
+            queue.lent = False
+
+    def close(self) -> None:
+        """End the thread. All lanes must be detached."""
+        if self._handle != ffi.NULL:
+            lib.pump_free(self._handle)
+            self._handle = ffi.NULL

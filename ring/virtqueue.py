@@ -1,0 +1,216 @@
+"""The device's half of a virtqueue, one visible phase at a time: what the step engine, the tests and the
+lessons use. The pumps run the very same C micro-steps (core/split.inl) without Python.
+
+A life of a chain::
+
+    q.see()                  the available index is read: how many chains wait
+    chain = q.pop()          the next head is taken, its descriptors are read and translated
+    chain.read() / .write()  bytes are copied
+    q.push(chain, written)   a used element is written, not visible yet
+    q.publish()              the used index is stored: the driver sees it
+    q.decide()               must the driver be notified, and why
+
+virtio 1.2, sections 2.7.13 "Supplying Buffers to The Device" and 2.7.14 "Receiving Used Buffers From The
+Device", seen from the device.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from ring.build import ffi, lib
+from ring.errors import ChainError, QueueBusy, RingError, error
+from ring.guestmem import GuestMemory
+
+
+class CallReason(IntEnum):
+    """Why the driver is notified, or not."""
+
+    NOTHING_NEW = lib.CALL_NOTHING_NEW
+    FLAG_WANTS = lib.CALL_FLAG_WANTS
+    FLAG_SUPPRESSED = lib.CALL_FLAG_SUPPRESSED
+    EVENT_REACHED = lib.CALL_EVENT_REACHED
+    EVENT_AHEAD = lib.CALL_EVENT_AHEAD
+    FIRST = lib.CALL_FIRST
+
+    @property
+    def due(self) -> bool:
+        """Is the driver to be notified?"""
+        return bool(lib.call_is_due(self))
+
+
+@dataclass(frozen=True)
+class QueueState:
+    """The ring from our side; all indices free-running modulo 65536 (see struct vq_state in core/ring.h)."""
+
+    size: int
+    next_avail: int
+    avail_seen: int
+    next_used: int
+    published: int
+    kicks_wanted: bool
+    broken: RingError | None
+
+
+class Chain:
+    """One popped chain. ``head`` names it in the used ring; lengths are in bytes."""
+
+    def __init__(self, queue: "VirtQueue"):
+        self._queue = queue
+        self._c = ffi.new("struct chain *")
+        self._pieces = ffi.new("struct piece[]", lib.RING_PIECES_MAX)
+
+    head = property(lambda self: self._c.head)
+    descriptors = property(lambda self: self._c.descriptors)
+    readable_len = property(lambda self: self._c.readable_len)
+    writable_len = property(lambda self: self._c.writable_len)
+
+    def read(self, offset: int = 0, length: int | None = None) -> bytes:
+        """Up to ``length`` bytes of the device-readable part, from ``offset``. Raises MemoryGone."""
+        available = max(0, self.readable_len - offset)
+        length = available if length is None else min(length, available)
+        data = ffi.new("uint8_t[]", max(length, 1))
+        n = lib.pieces_read(self._pieces, self._c.readable, offset, data, length)
+        if n < 0:
+            raise error(n)
+        return bytes(ffi.buffer(data, n))
+
+    def write(self, data: bytes, offset: int = 0) -> int:
+        """Write into the device-writable part from ``offset`` -> bytes that fitted. Raises MemoryGone."""
+        n = lib.pieces_write(self._pieces + self._c.readable, self._c.writable, offset, bytes(data), len(data))
+        if n < 0:
+            raise error(n)
+        return n
+
+
+class VirtQueue:
+    """The device's half of a split virtqueue in ``memory``.
+
+    size: descriptors, a power of two up to 32768. desc, avail, used: uva of the three parts. features:
+    negotiated virtio features. base: next available index, as SET_VRING_BASE carries it.
+
+    Every verb raises RingBroken (MemoryGone among them) on a ring that has lost its meaning and QueueBusy
+    while a pump has it. The constructor raises SetupError.
+    """
+
+    def __init__(self, memory: GuestMemory, *, size: int, desc: int, avail: int, used: int, features: int = 0,
+                 base: int = 0):
+        guard()
+        self.memory = memory
+        self.lent = False
+        config = ffi.new("struct vq_config *", {"size": size, "base": base, "desc": desc, "avail": avail,
+                                                "used": used, "features": features})
+        status = ffi.new("int *")
+        self.handle = lib.vq_new(memory.handle, config, status)
+        if self.handle == ffi.NULL:
+            raise error(status[0])
+        self._walking: Chain | None = None
+
+    def close(self) -> None:
+        """Free our side; guest memory is not touched."""
+        if self.lent:
+            raise error(lib.RING_E_BUSY)
+        if self.handle != ffi.NULL:
+            lib.vq_free(self.handle)
+            self.handle = ffi.NULL
+
+    def move(self, memory: GuestMemory) -> None:
+        """Go on in another memory table. Raises SetupError, and the ring stays on the old one."""
+        status = lib.vq_move(self._ours(), memory.handle)
+        if status < 0:
+            raise error(status)
+        self.memory = memory
+
+    def fail(self, reason: RingError) -> None:
+        """Declare the ring broken for ``reason``, found outside it; its memory is not touched again."""
+        lib.vq_fail(self._ours(), getattr(lib, reason.code))
+
+    def _ours(self):
+        if self.lent:
+            raise error(lib.RING_E_BUSY)
+        return self.handle
+
+    def _checked(self, status: int, chain: Chain | None = None) -> int:
+        """Pass a status of zero or more on; raise what a negative one means."""
+        if status >= 0:
+            return status
+        broken = self.state.broken
+        if broken is not None:
+            raise broken
+        raise error(status, at=chain._c.bad if chain else None, head=chain.head if chain else None)
+
+    # ---- the phases
+
+    def see(self) -> int:
+        """Read the available index once -> chains that wait (0: none)."""
+        return self._checked(lib.vq_see(self._ours()))
+
+    def take(self) -> Chain | None:
+        """Take the next head of those seen -> a chain without its descriptors (see walk), or None."""
+        chain = Chain(self)
+        if self._checked(lib.vq_take(self._ours(), chain._c)) == lib.RING_EMPTY:
+            return None
+        self._walking = chain
+        return chain
+
+    def walk(self) -> bool:
+        """Read the next descriptor of the chain just taken -> does the chain go on? Raises ChainError."""
+        chain = self._walking
+        status = lib.vq_walk(self._ours(), chain._c, chain._pieces, lib.RING_PIECES_MAX)
+        return self._checked(status, chain) == lib.RING_MORE
+
+    def pop(self) -> Chain | None:
+        """See if needed, take, and walk to the end -> the chain, or None. Raises ChainError, whose ``head``
+        is to be pushed back."""
+        chain = Chain(self)
+        status = lib.vq_pop(self._ours(), chain._c, chain._pieces, lib.RING_PIECES_MAX)
+        return None if self._checked(status, chain) == lib.RING_EMPTY else chain
+
+    def unpop(self, count: int = 1) -> None:
+        """Give the ``count`` most recently popped chains back, unused."""
+        self._checked(lib.vq_unpop(self._ours(), count))
+
+    def push(self, chain: Chain | ChainError | int, written: int = 0) -> None:
+        """Write a used element for ``chain`` (or its head, or the error it raised): ``written`` bytes."""
+        head = chain if isinstance(chain, int) else chain.head
+        self._checked(lib.vq_push(self._ours(), head, written))
+
+    def publish(self) -> None:
+        """Store the used index: everything pushed becomes visible to the driver."""
+        self._checked(lib.vq_publish(self._ours()))
+
+    def decide(self) -> CallReason:
+        """Must the driver be notified of what was published? A full barrier comes first."""
+        return CallReason(self._checked(lib.vq_decide(self._ours())))
+
+    def arm(self) -> int:
+        """Ask for kicks, then look once more -> chains that wait."""
+        return self._checked(lib.vq_arm(self._ours()))
+
+    def disarm(self) -> None:
+        """Tell the driver that kicks are not needed."""
+        self._checked(lib.vq_disarm(self._ours()))
+
+    # ---- what can be asked at any time, also while lent (then it is a snapshot)
+
+    @property
+    def base(self) -> int:
+        """What GET_VRING_BASE answers: the next available index."""
+        return lib.vq_base(self.handle)
+
+    @property
+    def state(self) -> QueueState:
+        """The indices and, when the ring is broken, the rule."""
+        s = ffi.new("struct vq_state *")
+        lib.vq_state(self.handle, s)
+        broken = error(s.broken, s.broken_at) if s.broken else None
+        return QueueState(s.size, s.next_avail, s.avail_seen, s.next_used, s.published, bool(s.kicks_wanted), broken)
+
+
+def guard() -> None:
+    """Make sure that the SIGBUS guard is in place (something may have replaced it). Raises SetupError."""
+    status = lib.guard_install()
+    if status < 0:
+        raise error(status)
+
+
+__all__ = ["CallReason", "Chain", "ChainError", "QueueBusy", "QueueState", "VirtQueue", "guard"]
