@@ -1,0 +1,181 @@
+"""Every request this back-end knows, one row each: what comes with it, when it may come, what it answers.
+
+A request is judged by its row and by nothing else. Those without a row go through the same path: they are
+refused with the reason given in NOT_HANDLED.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import effects, rules, wire
+from .effects import Effect
+from .errors import Refused
+from .rules import Rule
+from .spec import FDS_MAX, ProtocolFeature, Request, VirtioBit
+from .state import Event, Offer, State
+from .wire import U64
+
+Gate = Callable[[Offer, State], None]
+
+
+def _always(_offer: Offer, _state: State) -> None:
+    """May come at any time."""
+
+
+def _bit_30(offer: Offer, _state: State) -> None:
+    # Offered, not acknowledged: these come before SET_FEATURES.
+    if not offer.features >> VirtioBit.PROTOCOL_FEATURES & 1:
+        raise Refused("protocol features (bit 30) were not offered",
+                      "the front-end must look at GET_FEATURES before it sends this")
+
+
+def _negotiated(feature: ProtocolFeature) -> Gate:
+    def gate(_offer: Offer, state: State) -> None:
+        if not state.has(feature):
+            raise Refused(f"the protocol feature {feature.name} was not negotiated",
+                          "the front-end must ask for it with SET_PROTOCOL_FEATURES first",
+                          "Protocol features")
+    return gate
+
+
+def _offered(feature: ProtocolFeature) -> Gate:
+    def gate(offer: Offer, _state: State) -> None:
+        if not offer.protocol_features >> feature & 1:
+            raise Refused(f"the protocol feature {feature.name} was not offered",
+                          "the front-end must look at GET_PROTOCOL_FEATURES before it sends this")
+    return gate
+
+
+# Where the body of a reply comes from, for rows that have one: the session itself, or the device.
+Source = Callable[[Offer, State], U64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request.
+
+    payload  layout of what it carries
+    fds      fewest and most descriptors that may come along
+    gate     raises Refused unless the request may be used in this session
+    ring     the payload names a ring: its index is checked, and the ring's state must permit this event
+    rule     everything else that is required
+    effect   what changes when it was accepted and done
+    reply    layout of its answer; None: it is answered only where need_reply asks for an acknowledgement
+    source   gives the body of the answer, where the session knows it
+    """
+
+    payload: wire.Layout | wire.MemTableLayout = wire.NOTHING
+    fds: tuple[int, int] = (0, 0)
+    gate: Gate = _always
+    ring: Event | None = None
+    rule: Rule = rules.anything
+    effect: Effect = effects.nothing
+    reply: wire.Layout | None = None
+    source: Source | None = None
+
+    @property
+    def from_device(self) -> bool:
+        """Only the device knows what to answer."""
+        return self.reply is not None and self.source is None
+
+
+def _own_u64(value: Callable[[Offer, State], int]) -> Source:
+    return lambda offer, state: U64(value(offer, state))
+
+
+_SLOTS = _negotiated(ProtocolFeature.CONFIGURE_MEM_SLOTS)
+_STATUS = _negotiated(ProtocolFeature.STATUS)
+
+REQUESTS: dict[Request, Row] = {
+    # Negotiation
+    Request.GET_FEATURES: Row(
+        reply=wire.U64_LAYOUT, source=_own_u64(lambda offer, _: offer.features)),
+    Request.SET_FEATURES: Row(wire.U64_LAYOUT, rule=rules.set_features, effect=effects.set_features),
+    Request.GET_PROTOCOL_FEATURES: Row(
+        gate=_bit_30, reply=wire.U64_LAYOUT, source=_own_u64(lambda offer, _: offer.protocol_features)),
+    Request.SET_PROTOCOL_FEATURES: Row(
+        wire.U64_LAYOUT, gate=_bit_30, rule=rules.set_protocol_features,
+        effect=effects.set_protocol_features),
+    Request.SET_OWNER: Row(),
+    Request.RESET_OWNER: Row(),  # deprecated, and to be ignored: it must not drop what the session agreed on
+    Request.RESET_DEVICE: Row(gate=_negotiated(ProtocolFeature.RESET_DEVICE), effect=effects.reset_device),
+    Request.SET_STATUS: Row(wire.U64_LAYOUT, gate=_STATUS, rule=rules.set_status, effect=effects.set_status),
+    Request.GET_STATUS: Row(
+        gate=_STATUS, reply=wire.U64_LAYOUT, source=_own_u64(lambda _, state: state.status)),
+    # A question that a front-end may ask while it still makes up its mind: offered is enough.
+    Request.GET_QUEUE_NUM: Row(
+        gate=_offered(ProtocolFeature.MQ), reply=wire.U64_LAYOUT,
+        source=_own_u64(lambda offer, _: offer.queue_num)),
+    Request.SET_BACKEND_REQ_FD: Row(fds=(1, 1), gate=_negotiated(ProtocolFeature.BACKEND_REQ)),
+    # Guest memory
+    Request.SET_MEM_TABLE: Row(
+        wire.MEM_TABLE, fds=(0, FDS_MAX), rule=rules.set_mem_table, effect=effects.set_mem_table),
+    Request.GET_MAX_MEM_SLOTS: Row(
+        gate=_SLOTS, reply=wire.U64_LAYOUT, source=_own_u64(lambda offer, _: offer.max_mem_slots)),
+    Request.ADD_MEM_REG: Row(
+        wire.SINGLE_REGION, fds=(1, 1), gate=_SLOTS, rule=rules.add_mem_reg, effect=effects.add_mem_reg),
+    # A descriptor should not come with REM_MEM_REG; old front-ends send one, and it is closed.
+    Request.REM_MEM_REG: Row(
+        wire.SINGLE_REGION, fds=(0, 1), gate=_SLOTS, rule=rules.rem_mem_reg, effect=effects.rem_mem_reg),
+    # Rings
+    Request.SET_VRING_NUM: Row(
+        wire.VRING_STATE, ring=Event.NUM, rule=rules.set_vring_num, effect=effects.set_vring_num),
+    Request.SET_VRING_ADDR: Row(
+        wire.VRING_ADDR, ring=Event.ADDR, rule=rules.set_vring_addr, effect=effects.set_vring_addr),
+    Request.SET_VRING_BASE: Row(
+        wire.VRING_STATE, ring=Event.BASE, rule=rules.set_vring_base, effect=effects.set_vring_base),
+    Request.GET_VRING_BASE: Row(
+        wire.VRING_STATE, ring=Event.GET_BASE, effect=effects.get_vring_base, reply=wire.VRING_STATE),
+    Request.SET_VRING_KICK: Row(
+        wire.VRING_FD, fds=(0, 1), ring=Event.KICK, rule=rules.set_vring_kick, effect=effects.set_vring_kick),
+    Request.SET_VRING_CALL: Row(
+        wire.VRING_FD, fds=(0, 1), ring=Event.CALL, rule=rules.vring_fd, effect=effects.set_vring_call),
+    Request.SET_VRING_ERR: Row(
+        wire.VRING_FD, fds=(0, 1), ring=Event.ERR, rule=rules.vring_fd, effect=effects.set_vring_err),
+    Request.SET_VRING_ENABLE: Row(
+        wire.VRING_STATE, gate=_bit_30, ring=Event.ENABLE, rule=rules.set_vring_enable,
+        effect=effects.set_vring_enable),
+    # Network
+    Request.SEND_RARP: Row(wire.U64_LAYOUT, gate=_negotiated(ProtocolFeature.RARP)),
+    Request.NET_SET_MTU: Row(
+        wire.U64_LAYOUT, gate=_negotiated(ProtocolFeature.MTU), rule=rules.net_set_mtu,
+        effect=effects.net_set_mtu),
+}
+
+# Requests of the specification that have no row, by what a front-end would have to negotiate before it sends
+# them - which it cannot, as this is not offered.
+NOT_HANDLED: dict[Request, str] = {
+    Request.SET_LOG_BASE: "LOG_SHMFD",
+    Request.SET_LOG_FD: "LOG_ALL (virtio bit 26)",
+    Request.IOTLB_MSG: "ACCESS_PLATFORM (virtio bit 33)",
+    Request.SET_VRING_ENDIAN: "CROSS_ENDIAN",
+    Request.GET_CONFIG: "CONFIG",
+    Request.SET_CONFIG: "CONFIG",
+    Request.CREATE_CRYPTO_SESSION: "CRYPTO_SESSION",
+    Request.CLOSE_CRYPTO_SESSION: "CRYPTO_SESSION",
+    Request.POSTCOPY_ADVISE: "PAGEFAULT",
+    Request.POSTCOPY_LISTEN: "PAGEFAULT",
+    Request.POSTCOPY_END: "PAGEFAULT",
+    Request.GET_INFLIGHT_FD: "INFLIGHT_SHMFD",
+    Request.SET_INFLIGHT_FD: "INFLIGHT_SHMFD",
+    Request.GPU_SET_SOCKET: "a GPU device",
+    Request.VRING_KICK: "INBAND_NOTIFICATIONS",
+    Request.GET_SHARED_OBJECT: "SHARED_OBJECT",
+    Request.SET_DEVICE_STATE_FD: "DEVICE_STATE",
+    Request.CHECK_DEVICE_STATE: "DEVICE_STATE",
+    Request.GET_SHMEM_CONFIG: "SHMEM",
+    Request.GET_VRING_BASE_SKIP_DRAIN: "GET_VRING_BASE_SKIP_DRAIN",
+}
+
+
+def row_of(number: int) -> tuple[Request, Row]:
+    """The request with this number and its row. Raises Refused where this back-end has none."""
+    try:
+        kind = Request(number)
+    except ValueError:
+        raise Refused("no such request is known", "the front-end is newer than this back-end or not a "
+                      "vhost-user front-end", "Front-end message types") from None
+    if kind not in REQUESTS:
+        raise Refused(f"it belongs to {NOT_HANDLED[kind]}, which was not offered",
+                      "the front-end may use only what was negotiated", "Front-end message types")
+    return kind, REQUESTS[kind]
