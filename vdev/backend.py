@@ -1,0 +1,303 @@
+"""What a front-end's requests do to the device: the hands of one session.
+
+Theory of operation. A request is judged by the session (vhost_user/session.py), handled here, and
+committed by ``session.answer``. Handling has two parts. The request's own handler takes what came along:
+memory is mapped, descriptors change places. Then :meth:`Backend._settle` makes the engine agree with the
+state the session is about to commit: which rings run, which are enabled, with which features. It derives
+all of that from the one state, so no message can leave engine and session apart. Whatever fails is
+undone before the refusal is returned, and the session commits nothing.
+
+A ring runs when it is started and the driver is ready (DRIVER_OK, where STATUS was negotiated). A ring
+that broke stays with the engine, silent, until GET_VRING_BASE, a reset or the end of the session; so the
+front-end can still ask for its base.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+
+from ring.errors import SetupError
+from ring.guestmem import DEFAULT_POLICY, Policy
+from ring.virtqueue import VirtQueue
+from vdev.engine import Engine, EngineStuck, ring_name
+from vdev.logs import EventLog
+from vdev.memory import SessionMemory
+from vdev.net.features import Feature, mask, names
+from vdev.ports.base import Port, PortError
+from vhost_user.session import Accepted, Result, Session
+from vhost_user.spec import Request
+from vhost_user.state import Notifier, State
+
+RARP_INTERVAL = 0.02  # seconds between announcements; QEMU sends five, 50 ms and more apart
+
+
+class _Refuse(Exception):
+    """The device says no; the text is for the front-end's operator."""
+
+
+def _is_eventfd(fd: int) -> bool:
+    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+
+
+class Backend:
+    """Handles the requests of one session. Owns the memory and descriptors that came with them."""
+
+    def __init__(self, session: Session, engine: Engine, port: Port, log: EventLog, policy: Policy = DEFAULT_POLICY):
+        self.session = session
+        self.engine = engine
+        self.port = port
+        self.log = log
+        self.memory = SessionMemory(engine, policy)
+        self._stopped_at: dict[int, int] = {}  # bases of rings that SET_STATUS 0 stopped
+        self._reverse: int | None = None
+        self._last_rarp = 0.0
+        self._introduced = False
+        self._reported: set[int] = set()  # broken rings that were spoken of
+        self._abandoned = engine.abandoned
+
+    # -------------------------------------------------------------------------- requests
+
+    def handle(self, request: Accepted) -> Result:
+        """Do what ``request`` asks -> what to answer. Raises EngineStuck, after which only close() is left."""
+        handler = _HANDLERS.get(request.kind)
+        try:
+            if handler is None:
+                self._settle(self.session.after(request))
+                return Result.ok()
+            return Result.ok(handler(self, request))
+        except (SetupError, PortError, _Refuse) as reason:
+            return Result.refused(str(reason))
+        except OSError as error:
+            return Result.refused(f"{os.strerror(error.errno).lower()}; vdev ran out of a resource")
+
+    def _set_mem_table(self, request: Accepted) -> None:
+        fds = [request.fds[i] for i in range(len(request.fds))]
+        self._lost(self.memory.replace(request.payload.regions, fds))
+
+    def _add_mem_reg(self, request: Accepted) -> None:
+        # QEMU before 8.0 adds and removes all memory once for each queue pair; the session counts.
+        if request.payload not in self.session.regions:
+            self._lost(self.memory.add(request.payload, request.fds[0]))
+
+    def _rem_mem_reg(self, request: Accepted) -> None:
+        left = self.session.after(request).regions
+        if not any(region.same_place(request.payload) for region in left):
+            self._lost(self.memory.remove(request.payload))
+
+    def _set_vring_base(self, request: Accepted) -> None:
+        self._stopped_at.pop(request.payload.index, None)
+
+    def _get_vring_base(self, request: Accepted) -> int:
+        index = request.payload.index
+        if self.engine.rings[index].queue is not None:
+            base = self.engine.stop(index)
+        else:
+            base = self._stopped_at.pop(index, self.session.rings[index].base)
+        self._settle(self.session.after(request, base))
+        return base
+
+    def _set_vring_kick(self, request: Accepted) -> None:
+        if len(request.fds) and not _is_eventfd(request.fds[0]):
+            raise _Refuse("the kick descriptor is no eventfd")
+        self._swap_fd(request, "kick", lambda: self._settle(self.session.after(request)))
+
+    def _set_vring_call(self, request: Accepted) -> None:
+        self._swap_fd(request, "call")
+
+    def _set_vring_err(self, request: Accepted) -> None:
+        self._swap_fd(request, "err")
+
+    def _swap_fd(self, request: Accepted, which: str, then: Callable[[], None] = lambda: None) -> None:
+        """Put the descriptor that came along in the ring's place for ``which``; close the old one, or, when
+        ``then`` fails, the new one."""
+        ring = self.engine.rings[request.payload.index]
+        new = request.fds.take() if len(request.fds) else -1
+        old = getattr(ring, which)
+        unused = new
+        try:
+            if new >= 0:
+                os.set_blocking(new, False)
+            with self.engine.paused():
+                setattr(ring, which, new)
+                try:
+                    then()
+                    unused = old
+                except Exception:
+                    setattr(ring, which, old)
+                    raise
+        finally:
+            if unused >= 0:
+                os.close(unused)
+
+    def _send_rarp(self, request: Accepted) -> None:
+        now = time.monotonic()
+        if now - self._last_rarp >= RARP_INTERVAL:
+            self._last_rarp = now
+            self.port.announce(request.payload.value.to_bytes(8, "little")[:6])
+
+    def _set_backend_req_fd(self, request: Accepted) -> None:
+        if self._reverse is not None:
+            os.close(self._reverse)
+        self._reverse = request.fds.take()
+
+    # -------------------------------------------------------------------------- settling
+
+    def _settle(self, state: State) -> None:
+        """Make the engine agree with ``state``. Raises _Refuse or PortError, and nothing changed."""
+        engine = self.engine
+        wanted = {index for index, ring in enumerate(state.rings) if ring.started and state.driver_ok}
+        running = set(engine.running())
+        enabled = [ring.enabled for ring in state.rings]
+        features = state.features
+        mtu = state.mtu if state.mtu and features & mask(Feature.MTU) else 0
+        parked = any(state.resumable(index) for index in range(len(state.rings)))
+        if (wanted == running and enabled == [ring.enabled for ring in engine.rings]
+                and (features, mtu, parked) == (engine.features, engine.mtu, engine.watch_kicks)):
+            return
+        fresh = self._build(state, wanted - running)
+        forgotten: list[int] = []
+        try:
+            with engine.paused():
+                if features != engine.features:
+                    self.port.set_offloads(features)
+                self._enable_pairs(enabled)
+                for index in running - wanted:
+                    self._stopped_at[index] = engine.stop(index)
+                for index, queue in fresh.items():
+                    engine.rings[index].queue = queue
+                    self._stopped_at.pop(index, None)
+                for ring, known in zip(engine.rings, state.rings, strict=True):
+                    ring.enabled = known.enabled
+                    if known.kick is Notifier.UNSET and ring.kick >= 0:
+                        forgotten.append(ring.kick)
+                        ring.kick = -1
+                engine.features, engine.mtu, engine.watch_kicks = features, mtu, parked
+        except (PortError, EngineStuck):
+            for queue in fresh.values():
+                queue.close()
+            raise
+        for fd in forgotten:
+            os.close(fd)
+        if not features:
+            self._stopped_at.clear()
+        self._reported -= running - wanted | fresh.keys()
+        if not wanted:
+            self._introduced = False
+        if fresh:
+            self._introduce(state)
+
+    def _build(self, state: State, indices: set[int]) -> dict[int, VirtQueue]:
+        fresh: dict[int, VirtQueue] = {}
+        try:
+            for index in sorted(indices):
+                ring = state.rings[index]
+                if self.memory.table is None:
+                    raise _Refuse(f"{ring_name(index)} cannot start: no guest memory was shared; give QEMU "
+                                  "-object memory-backend-memfd,share=on and -machine memory-backend=ID")
+                try:
+                    fresh[index] = self.engine.build(
+                        self.memory.table, size=ring.num, desc=ring.addr.desc, avail=ring.addr.avail,
+                        used=ring.addr.used, base=self._stopped_at.get(index, ring.base), features=state.features)
+                except SetupError as reason:
+                    raise _Refuse(f"{ring_name(index)} cannot start: {reason}") from None
+        except _Refuse:
+            for queue in fresh.values():
+                queue.close()
+            raise
+        return fresh
+
+    def _enable_pairs(self, enabled: list[bool]) -> None:
+        """Tell the port which pairs get frames. Pair 0 keeps its queue while no other has one, so that the
+        link stays up without a guest."""
+        pairs = enabled[::2]
+        for pair, on in enumerate(pairs):
+            self.port.enable(pair, on or (pair == 0 and not any(pairs)))
+
+    def _introduce(self, state: State) -> None:
+        """One line when the guest's driver is there for the first time."""
+        if self._introduced:
+            return
+        self._introduced = True
+        listed = names(state.features & ~mask(Feature.PROTOCOL_FEATURES))
+        pairs = sum(ring.enabled for ring in state.rings[::2])
+        self.log.info("driver", f"the guest's driver is ready: {pairs} queue pair{'s' * (pairs != 1)} of "
+                      f"{len(state.rings) // 2} enabled, queue size {max(r.num for r in state.rings)}, "
+                      f"{self.memory.size >> 20} MiB shared, features {' '.join(listed)}",
+                      features=listed, queue_pairs=pairs, shared_bytes=self.memory.size)
+
+    # ------------------------------------------------------------------------------ news
+
+    def _lost(self, indices: list[int]) -> None:
+        """Rings whose memory was taken away by a request: broken, and the front-end is told."""
+        for index in indices:
+            err = self.engine.rings[index].err
+            if err >= 0:
+                with contextlib.suppress(OSError):
+                    os.write(err, (1).to_bytes(8, "little"))
+        self.report_broken()
+
+    def report_broken(self) -> None:
+        """One line for each ring that stopped for good since the last call."""
+        for index, reason in self.engine.broken().items():
+            if index in self._reported:
+                continue
+            self._reported.add(index)
+            self.log.peer(logging.WARNING, "ring-broken", f"{ring_name(index)} stopped: {reason}; resetting the "
+                          "guest's driver (reboot, or unbind and bind it) brings the ring back",
+                          ring=index, code=reason.code)
+
+    @property
+    def parked(self) -> bool:
+        """Is there a ring that was stopped behind a running driver's back?"""
+        return any(self.session.state.resumable(index) for index in range(len(self.session.rings)))
+
+    def resume_parked(self) -> None:
+        """Start such rings again, at the base that was answered."""
+        for index in range(len(self.session.rings)):
+            if self.session.state.resumable(index):
+                self.session.resume(index)
+                self.log.info("ring-resumed", f"{ring_name(index)} was asked for its base and not started again, while "
+                              "others run (QEMU's `info virtio-queue-status` does that): going on with it", ring=index)
+        try:
+            self._settle(self.session.state)
+        except (PortError, _Refuse) as reason:
+            self.log.peer(logging.WARNING, "ring-not-resumed", f"a ring could not be resumed: {reason}")
+
+    # ----------------------------------------------------------------------------- close
+
+    def close(self) -> None:
+        """End of the session: nothing of it is left in the engine, the port or the file table."""
+        fds = [fd for ring in self.engine.rings for fd in (ring.kick, ring.call, ring.err) if fd >= 0]
+        try:
+            self.engine.reset()
+        except EngineStuck:
+            fds = []  # the stuck worker may still use them
+        if self.engine.abandoned != self._abandoned:
+            self.memory.abandon()
+        self.memory.close()
+        try:
+            self.port.set_offloads(0)
+            self._enable_pairs([False] * len(self.engine.rings))
+        except PortError as reason:
+            self.log.warning("port", str(reason))
+        if self._reverse is not None:
+            fds.append(self._reverse)
+            self._reverse = None
+        for fd in fds:
+            os.close(fd)
+
+
+_HANDLERS: dict[Request, Callable[[Backend, Accepted], int | None]] = {
+    Request.SET_MEM_TABLE: Backend._set_mem_table,
+    Request.ADD_MEM_REG: Backend._add_mem_reg,
+    Request.REM_MEM_REG: Backend._rem_mem_reg,
+    Request.SET_VRING_BASE: Backend._set_vring_base,
+    Request.GET_VRING_BASE: Backend._get_vring_base,
+    Request.SET_VRING_KICK: Backend._set_vring_kick,
+    Request.SET_VRING_CALL: Backend._set_vring_call,
+    Request.SET_VRING_ERR: Backend._set_vring_err,
+    Request.SEND_RARP: Backend._send_rarp,
+    Request.SET_BACKEND_REQ_FD: Backend._set_backend_req_fd,
+}

@@ -1,0 +1,114 @@
+"""One front-end's connection: messages in, effects on the device, answers out.
+
+The way of a message: ``Transport.turn`` -> ``Session.accept`` -> ``Backend.handle`` -> ``Session.answer``
+-> ``Transport.send``. Everything that ends the connection leaves here as a PeerError.
+"""
+
+import logging
+import socket
+import time
+
+from ring.pump import LaneEvent
+from vdev.backend import Backend
+from vdev.engine import EngineStuck
+from vhost_user.codec import Message
+from vhost_user.errors import Close, Nack
+from vhost_user.session import Session
+from vhost_user.state import Offer
+from vhost_user.transport import Transport
+
+# A ring asked for its base while others run is started again on a kick, but not before the front-end had
+# time to stop the others too: then it was a real stop.
+RESUME_DELAY = 0.02  # seconds
+PORT_RETRY = 1.0  # seconds between attempts to get a lost port back
+
+
+class Connection:
+    """A session in progress. All methods but close raise PeerError when it is over."""
+
+    def __init__(self, sock: socket.socket, backend_of, offer: Offer, log):
+        self._transport = Transport(sock)
+        self._session = Session(offer)
+        self._backend: Backend = backend_of(self._session)
+        self._log = log
+        self._resume_at: float | None = None
+        self._port_retry_at: float | None = None
+
+    def fileno(self) -> int:
+        """The socket, to be watched for reading."""
+        return self._transport.fileno()
+
+    @property
+    def deadline(self) -> float | None:
+        """When :meth:`on_deadline` is due (``time.monotonic``); None: nothing is pending."""
+        pending = [when for when in (self._transport.deadline, self._resume_at, self._port_retry_at)
+                   if when is not None]
+        return min(pending, default=None)
+
+    def on_readable(self) -> None:
+        """Serve the messages that are there, a bounded number of them."""
+        for message in self._transport.turn():
+            self._serve(message)
+
+    def _serve(self, message: Message) -> None:
+        try:
+            request = self._session.accept(message)
+            try:
+                result = self._backend.handle(request)
+            except EngineStuck as stuck:
+                request.fds.close()
+                raise Close(f"{request}: {stuck}; closing") from None
+            reply = self._session.answer(request, result)
+        except Nack as no:
+            self._log.peer(logging.WARNING, "refused-request", str(no))
+            reply = no.reply
+        if reply is not None:
+            self._transport.send(reply)
+
+    def on_deadline(self) -> None:
+        """Something is due: half a message, a parked ring, a lost port."""
+        self._transport.expire()
+        now = time.monotonic()
+        if self._resume_at is not None and now >= self._resume_at:
+            self._resume_at = None
+            if self._backend.parked:
+                self._guarded(self._backend.resume_parked)
+        if self._port_retry_at is not None and now >= self._port_retry_at:
+            self._port_retry_at = None
+            self._recover_port()
+
+    def on_news(self, events: LaneEvent) -> None:
+        """A worker reported something."""
+        if events & LaneEvent.MEMORY_GONE:
+            raise Close("guest memory vanished: the front-end truncated its file, or the file system behind it ran out "
+                        "of room; give QEMU memory-backend-memfd, and enough of it")
+        if events & (LaneEvent.FROM_GUEST_BROKEN | LaneEvent.TO_GUEST_BROKEN):
+            self._backend.report_broken()
+        if events & LaneEvent.KICKED and self._resume_at is None and self._backend.parked:
+            self._resume_at = time.monotonic() + RESUME_DELAY
+        if events & LaneEvent.PORT_GONE and self._port_retry_at is None:
+            self._log.peer(logging.WARNING, "port-gone", f"{self._backend.port} is gone: frames are dropped until it is"
+                           " back; was the interface deleted?")
+            self._recover_port()
+
+    def _recover_port(self) -> None:
+        port = self._backend.port
+        if not port.lost():
+            self._port_retry_at = time.monotonic() + PORT_RETRY
+            return
+        self._guarded(self._backend.engine.refresh)
+        self._log.info("port-back", f"{port} is back")
+
+    @staticmethod
+    def _guarded(action) -> None:
+        try:
+            action()
+        except EngineStuck as stuck:
+            raise Close(f"{stuck}; closing") from None
+
+    def close(self) -> None:
+        """Release everything that came over the connection, then the socket."""
+        try:
+            self._backend.close()
+        finally:
+            self._transport.close()

@@ -1,0 +1,192 @@
+"""The engine of one device: which ring lies where, and the pump that moves frames between rings and port.
+
+Rules that make it safe (docs/architecture.md, "Threads"): memory, rings and descriptors change only inside
+``with engine.paused():``; while it lasts no worker touches anything of this device, and other devices run
+on. A change is three steps: build and check before the pause, swap inside, close and unmap after it.
+
+Rings are numbered as on the wire: 2n is the receiveq of queue pair n (to_guest), 2n+1 its transmitq
+(from_guest).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from ring.errors import QueueBusy, RingError, SetupError, named
+from ring.guestmem import GuestMemory
+from ring.pump import Flow, FlowStats, Lane, LaneConfig, LaneEvent, Pump
+from ring.virtqueue import VirtQueue
+from vdev.ports.base import Port
+
+
+class EngineStuck(Exception):
+    """A worker did not leave the device in time: its memory cannot be unmapped, the session must end."""
+
+
+@dataclass
+class Ring:
+    """One ring as the engine runs it. Descriptors stay the caller's; -1: none."""
+
+    queue: VirtQueue | None = None  # started
+    enabled: bool = False
+    kick: int = -1
+    call: int = -1
+    err: int = -1
+
+
+def ring_name(index: int) -> str:
+    """How a person knows ring ``index``: "receiveq 0" or "transmitq 0", with the pair's number."""
+    return f"{'transmitq' if index % 2 else 'receiveq'} {index // 2}"
+
+
+# What could not be freed because a worker is stuck in it; kept, so that it stays mapped.
+_abandoned: list[object] = []
+
+
+class Engine:
+    """Runs the rings of one device against its port. Made once a device, used by one session after the other."""
+
+    def __init__(self, port: Port, queue_pairs: int):
+        self.port = port
+        self.rings = [Ring() for _ in range(2 * queue_pairs)]
+        self.features = 0
+        self.mtu = 0
+        self.watch_kicks = False
+        self.abandoned = 0  # how often a worker got stuck
+        self._depth = 0
+        self._lanes = [Lane() for _ in range(queue_pairs)]
+        self._attached: set[Lane] = set()
+        self._carried: list[tuple[FlowStats, FlowStats]] = []  # of lanes that had to be abandoned
+        self.report_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._pump = Pump(self.report_fd)
+
+    # -------------------------------------------------------------------------- pausing
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No worker touches this device inside. Nests. Raises EngineStuck when a worker does not let go."""
+        if self._depth == 0:
+            for lane in list(self._attached):
+                try:
+                    self._pump.detach(lane)
+                except QueueBusy as busy:
+                    self._abandon()
+                    raise EngineStuck(f"a worker thread did not leave the device: {busy}") from None
+                self._attached.discard(lane)
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._resume()
+
+    def _resume(self) -> None:
+        for pair, lane in enumerate(self._lanes):
+            to_guest, from_guest = self.rings[2 * pair], self.rings[2 * pair + 1]
+            ends = self.port.ends(pair)
+            lane.configure(LaneConfig(
+                from_guest=Flow(from_guest.queue, from_guest.enabled, from_guest.kick, from_guest.call,
+                                from_guest.err),
+                to_guest=Flow(to_guest.queue, to_guest.enabled, to_guest.kick, to_guest.call, to_guest.err),
+                to_port=ends.to_port, from_port=ends.from_port, port_header=self.port.carries.header,
+                mtu=self.mtu, watch_kicks=self.watch_kicks, features=self.features))
+            if to_guest.queue or from_guest.queue:
+                self._pump.attach(lane)
+                self._attached.add(lane)
+
+    def _abandon(self) -> None:
+        """Leave pump, lanes and rings to the stuck worker for good, and start with fresh ones."""
+        self._carried.extend(lane.stats() for lane in self._lanes)
+        _abandoned.append((self._pump, self._lanes, self.rings))
+        self.rings = [Ring() for _ in self.rings]
+        self._lanes = [Lane() for _ in self._lanes]
+        self._attached = set()
+        self._pump = Pump(self.report_fd)
+        self.abandoned += 1
+
+    # ---------------------------------------------------------------------------- rings
+
+    def build(self, memory: GuestMemory, *, size: int, desc: int, avail: int, used: int, base: int,
+              features: int) -> VirtQueue:
+        """A queue for one of the rings (addresses are uva), not run yet. Raises SetupError."""
+        return VirtQueue(memory, size=size, desc=desc, avail=avail, used=used, features=features, base=base)
+
+    def stop(self, index: int) -> int:
+        """Stop ring ``index``, which runs -> its base."""
+        ring = self.rings[index]
+        with self.paused():
+            queue, ring.queue = ring.queue, None
+        base = queue.base
+        queue.close()
+        return base
+
+    def running(self) -> list[int]:
+        """The rings that have a queue, broken ones included."""
+        return [index for index, ring in enumerate(self.rings) if ring.queue is not None]
+
+    def move(self, memory: GuestMemory | None) -> list[int]:
+        """Put all rings onto another memory table (None: no memory is left). Call it paused.
+        -> the rings that broke because their memory is no longer there."""
+        lost = []
+        for index in self.running():
+            queue = self.rings[index].queue
+            if queue.state.broken is not None:
+                continue
+            try:
+                if memory is None:
+                    raise named("RING_E_RING_UNMAPPED")
+                queue.move(memory)
+            except SetupError as reason:
+                queue.fail(reason)
+                lost.append(index)
+        return lost
+
+    def refresh(self) -> None:
+        """Take the port's descriptors anew. Raises EngineStuck."""
+        with self.paused():
+            pass
+
+    def reset(self) -> None:
+        """Stop every ring and forget everything about them."""
+        with self.paused():
+            queues = [ring.queue for ring in self.rings if ring.queue is not None]
+            self.rings = [Ring() for _ in self.rings]
+            self.features = self.mtu = 0
+            self.watch_kicks = False
+        for queue in queues:
+            queue.close()
+
+    # ----------------------------------------------------------------------------- news
+
+    def news(self) -> LaneEvent:
+        """What the workers reported since the last call, over all queue pairs. To be asked when
+        ``report_fd``, an eventfd, is readable."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.report_fd)
+        events = LaneEvent(0)
+        for lane in self._lanes:
+            events |= lane.events()
+        return events
+
+    def broken(self) -> dict[int, RingError]:
+        """Started rings that broke, with the rule."""
+        states = {index: self.rings[index].queue.state.broken for index in self.running()}
+        return {index: reason for index, reason in states.items() if reason is not None}
+
+    def stats(self) -> tuple[FlowStats, FlowStats]:
+        """(from_guest, to_guest), summed over all queue pairs since the device was made."""
+        both = [*self._carried, *(lane.stats() for lane in self._lanes)]
+        totals = both[0]
+        for from_guest, to_guest in both[1:]:
+            totals = (totals[0] + from_guest, totals[1] + to_guest)
+        return totals
+
+    def close(self) -> None:
+        """Stop everything and end the worker."""
+        self.reset()
+        for lane in self._lanes:
+            lane.close()
+        self._pump.close()
+        os.close(self.report_fd)

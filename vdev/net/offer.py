@@ -1,0 +1,56 @@
+"""What the device offers: virtio features and vhost-user protocol features, port by port.
+
+The virtio offer is what the device always has, plus the offloads the port can carry, minus what the
+operator took out, minus what then lacks something it depends on (virtio 1.2, 5.1.3.1 "Feature bit
+requirements"). The control queue and the configuration space belong to the front-end (QEMU keeps both),
+which is why MQ and GUEST_ANNOUNCE are offered here without CTRL_VQ: the front-end adds it.
+"""
+
+from vdev.net.features import OFFLOADS, mask
+from vdev.net.features import Feature as F
+from vdev.ports.base import Carries
+from vhost_user.spec import ProtocolFeature as P
+
+# Bits the rest is built on: without VERSION_1 a guest would be a legacy one, which vdev does not serve, and
+# without PROTOCOL_FEATURES QEMU silently falls back to serving the guest itself, without a network.
+FIXED = mask(F.VERSION_1, F.PROTOCOL_FEATURES)
+
+ALWAYS = FIXED | mask(F.MTU, F.MRG_RXBUF, F.GUEST_ANNOUNCE, F.INDIRECT_DESC, F.EVENT_IDX)
+
+# What vdev can offer at all, if the port goes along.
+IMPLEMENTED = ALWAYS | OFFLOADS | mask(F.MQ)
+
+PROTOCOL = mask(P.MQ, P.RARP, P.REPLY_ACK, P.MTU, P.BACKEND_REQ, P.RESET_DEVICE, P.CONFIGURE_MEM_SLOTS, P.STATUS)
+
+# feature -> it needs at least one of these; what others need comes before what needs it
+_NEEDS = {
+    F.HOST_TSO4: mask(F.CSUM),
+    F.HOST_TSO6: mask(F.CSUM),
+    F.HOST_UFO: mask(F.CSUM),
+    F.HOST_USO: mask(F.CSUM),
+    F.HOST_ECN: mask(F.HOST_TSO4, F.HOST_TSO6),
+    F.GUEST_TSO4: mask(F.GUEST_CSUM),
+    F.GUEST_TSO6: mask(F.GUEST_CSUM),
+    F.GUEST_UFO: mask(F.GUEST_CSUM),
+    F.GUEST_USO4: mask(F.GUEST_CSUM),
+    F.GUEST_USO6: mask(F.GUEST_CSUM),
+    F.GUEST_ECN: mask(F.GUEST_TSO4, F.GUEST_TSO6),
+}
+
+
+def without_orphans(features: int) -> int:
+    """``features`` less every one whose requirement is missing."""
+    for feature, needs in _NEEDS.items():
+        if not features & needs:
+            features &= ~mask(feature)
+    return features
+
+
+def possible(carries: Carries, queue_pairs: int) -> int:
+    """All the virtio features a device with this port and so many queue pairs can honour."""
+    return ALWAYS | carries.offloads | (mask(F.MQ) if queue_pairs > 1 else 0)
+
+
+def virtio_features(carries: Carries, queue_pairs: int, removed: int = 0) -> int:
+    """The mask GET_FEATURES answers; ``removed`` is what the operator took out."""
+    return without_orphans(possible(carries, queue_pairs) & ~(removed & ~FIXED))

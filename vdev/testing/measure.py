@@ -1,0 +1,107 @@
+"""Measurements between a Linux guest and its host: ping and iperf3, with their reports understood."""
+
+import itertools
+import json
+import re
+from dataclasses import dataclass
+
+from vdev.testing.guest import LinuxGuest
+from vdev.testing.netns import Namespace
+
+# Each run has a port of its own: the last one's server may not have ended yet.
+_iperf_ports = itertools.count(5201)
+
+
+class MeasurementError(RuntimeError):
+    """A measuring program failed, or its report makes no sense. The text has its own words."""
+
+
+@dataclass(frozen=True)
+class PingReport:
+    """What ping says at its end. Times in milliseconds, None when no answer came."""
+
+    sent: int
+    received: int
+    minimum: float | None
+    average: float | None
+    maximum: float | None
+
+    @property
+    def lost(self) -> int:
+        """Requests without an answer."""
+        return self.sent - self.received
+
+
+def ping_command(address: str, count: int, interval: float = 0.01, size: int = 56) -> str:
+    """busybox's ping: ``count`` requests every ``interval`` seconds with ``size`` bytes of data."""
+    return f"busybox ping -c {count} -i {interval} -s {size} -W 5 -q {address}"
+
+
+def parse_ping(text: str) -> PingReport:
+    """Understand the summary of busybox's or iputils' ping. Raises MeasurementError."""
+    counts = re.search(r"(\d+) packets transmitted, (\d+) (?:packets )?received", text)
+    if not counts:
+        raise MeasurementError(f"ping gave no summary: {text.strip()}")
+    times = re.search(r"min/avg/max\S* = ([\d.]+)/([\d.]+)/([\d.]+)", text)
+    return PingReport(int(counts[1]), int(counts[2]), *(map(float, times.groups()) if times else (None,) * 3))
+
+
+def ping_from_guest(guest: LinuxGuest, address: str, count: int, interval: float = 0.01,
+                    size: int = 56) -> PingReport:
+    """Ping ``address`` from inside the guest."""
+    return parse_ping(guest.run(ping_command(address, count, interval, size), 30 + 2 * count * interval).output)
+
+
+def ping_from_host(namespace: Namespace, address: str, count: int, interval: float = 0.01,
+                   size: int = 56) -> PingReport:
+    """Ping ``address`` from inside ``namespace``."""
+    done = namespace.run(ping_command(address, count, interval, size).split(), 30 + 2 * count * interval, check=False)
+    return parse_ping(done.stdout + done.stderr)
+
+
+@dataclass(frozen=True)
+class TcpReport:
+    """What iperf3 says of one TCP run: what arrived, and in how many seconds."""
+
+    bytes: int
+    seconds: float
+
+    @property
+    def megabits(self) -> float:
+        """Mbit/s as seen by the receiver."""
+        return self.bytes * 8 / self.seconds / 1e6
+
+
+def tcp(guest: LinuxGuest, namespace: Namespace, guest_address: str, *, to_guest: bool, seconds: float = 2,
+        streams: int = 1) -> TcpReport:
+    """TCP between the namespace and the guest for ``seconds``, in one direction. Raises MeasurementError."""
+    port = next(_iperf_ports)
+    listening = f":{port:04X} [0-9A-F]+:0000 0A"  # local port, any peer, state TCP_LISTEN
+    guest.check(f"iperf3 -s -1 -p {port} >/tmp/iperf3.log 2>&1 & "
+                f"until grep -Eq '{listening}' /proc/net/tcp /proc/net/tcp6; do sleep 0.02; done")
+    command = ["iperf3", "-J", "-c", guest_address, "-p", str(port), "-t", str(seconds), "-P", str(streams)]
+    done = namespace.run(command if to_guest else [*command, "-R"], seconds + 30, check=False)
+    try:
+        report = json.loads(done.stdout)
+        received = report["end"]["sum_received"]
+        return TcpReport(int(received["bytes"]), float(received["seconds"]))
+    except (ValueError, KeyError):
+        raise MeasurementError(f"iperf3 failed: {done.stdout[-500:]}{done.stderr}"
+                               f"in the guest: {guest.run('cat /tmp/iperf3.log').output[-500:]}") from None
+
+
+@dataclass(frozen=True)
+class LinkCounters:
+    """A host interface's counters. ``from_guest`` is what a TAP calls received: the guest wrote it."""
+
+    from_guest_frames: int
+    from_guest_bytes: int
+    to_guest_frames: int
+    to_guest_bytes: int
+
+
+def link_counters(namespace: Namespace, interface: str) -> LinkCounters:
+    """The counters of ``interface``, bytes with the Ethernet header. Raises NamespaceError without one."""
+    (link,) = json.loads(namespace.run(["ip", "-s", "-j", "link", "show", "dev", interface]).stdout)
+    received, sent = link["stats64"]["rx"], link["stats64"]["tx"]
+    return LinkCounters(received["packets"], received["bytes"], sent["packets"], sent["bytes"])

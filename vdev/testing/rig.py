@@ -1,0 +1,179 @@
+"""The device's half beside the driver's, with nothing between: no socket, no front-end, no daemon.
+
+DeviceSide maps a driver's memory and opens the device's end of its queues, as the back-end does when the
+front-end tells it to. PumpedDevice puts a pump between one NetDriver and one end of a socket pair; the
+other end, ``wire``, is the network: each message a 12-byte virtio_net_hdr and a frame.
+"""
+
+import contextlib
+import os
+import select
+import socket
+from collections.abc import Iterator
+
+from ring.driver import DriverQueue, GuestMemory
+from ring.driver_split import DESCRIPTOR, DescriptorTable
+from ring.guestmem import GuestMemory as DeviceMemory
+from ring.guestmem import Owner
+from ring.pump import Flow, FlowStats, Lane, LaneConfig, LaneEvent, Pump
+from ring.virtqueue import VirtQueue
+from vdev.testing.netdriver import NetDriver, NetHeader
+
+# Room for every frame a test leaves unread on the wire.
+_SOCKET_BUFFER = 4 << 20
+
+
+def _taken(eventfd: int) -> int:
+    """How often it was signalled since it was last read."""
+    with contextlib.suppress(BlockingIOError):
+        return os.eventfd_read(eventfd)
+    return 0
+
+
+class DeviceSide:
+    """``memory`` as the device maps it, and the device's half of its queues."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.owner = Owner()
+        self.mappings = [self.owner.map(r.fd, r.gpa, r.uva, r.size, r.offset) for r in memory.regions]
+        self.memory: DeviceMemory = self.owner.table(self.mappings)
+        self._queues: list[VirtQueue] = []
+
+    def __enter__(self) -> "DeviceSide":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def queue(self, driver: DriverQueue, *, features: int | None = None, base: int | None = None) -> VirtQueue:
+        """The device's half of ``driver``, with its features and base unless told otherwise."""
+        ring, uva = driver.ring, driver.memory.uva
+        made = VirtQueue(self.memory, size=ring.size, desc=uva(ring.desc.gpa), avail=uva(ring.avail.gpa),
+                         used=uva(ring.used.gpa), features=driver.features if features is None else features,
+                         base=ring.next_avail if base is None else base)
+        self._queues.append(made)
+        return made
+
+    def close(self) -> None:
+        """Free the queues, the table, the mappings. Idempotent."""
+        for queue in self._queues:
+            queue.close()
+        self._queues.clear()
+        self.memory.close()
+        for mapping in self.mappings:
+            mapping.close()
+
+
+def table(memory: GuestMemory, *descriptors: tuple[int, ...]) -> tuple[int, int]:
+    """An indirect table of these (addr, len, flags, next) in new memory -> (gpa, bytes)."""
+    length = DESCRIPTOR.size * len(descriptors)
+    made = DescriptorTable(memory, memory.alloc(length))
+    for i, fields in enumerate(descriptors):
+        made[i].set(*fields)
+    return made.gpa, length
+
+
+@contextlib.contextmanager
+def joined(size: int = 8, features: int = 0, base: int = 0,
+           memory: GuestMemory | None = None) -> Iterator[tuple[DriverQueue, VirtQueue]]:
+    """Both halves of one queue in memory of their own, or in ``memory``, which stays the caller's."""
+    with contextlib.ExitStack() as stack:
+        guest = memory or stack.enter_context(GuestMemory())
+        driver = stack.enter_context(DriverQueue(guest, size, features, base=base))
+        side = stack.enter_context(DeviceSide(guest))
+        yield driver, side.queue(driver)
+
+
+class PumpedDevice:
+    """A pump between ``driver`` and a wire.
+
+    Attached when made, unless ``attach`` is False; ``config`` may be changed between :meth:`detach` and
+    :meth:`attach`. loop: every frame from the guest goes back to it. Further keyword arguments are fields
+    of LaneConfig.
+    """
+
+    def __init__(self, driver: NetDriver, *, attach: bool = True, loop: bool = False, **config: object) -> None:
+        self.driver = driver
+        self.side = DeviceSide(driver.memory)
+        self.wire, self._port = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.wire, self._port):
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+        self.err_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
+        flows = [Flow(self.side.queue(queue), True, queue.kick_fd, queue.call_fd, err)
+                 for queue, err in zip((driver.transmitq, driver.receiveq), self.err_fds, strict=True)]
+        self.config = LaneConfig(from_guest=flows[0], to_guest=flows[1], to_port=self._port.fileno(),
+                                 from_port=(self.wire if loop else self._port).fileno(),
+                                 features=driver.features)
+        for name, value in config.items():
+            setattr(self.config, name, value)
+        self.lane = Lane()
+        self._report = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.pump = Pump(self._report)
+        self._attached = False
+        if attach:
+            self.attach()
+
+    def __enter__(self) -> "PumpedDevice":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def attach(self) -> None:
+        """Configure the lane and lend it to the pump."""
+        self.lane.configure(self.config)
+        self.pump.attach(self.lane)
+        self._attached = True
+
+    def detach(self, timeout_ms: int = 5000) -> None:
+        """Take it back."""
+        self.pump.detach(self.lane, timeout_ms)
+        self._attached = False
+
+    # ------------------------------------------------------------------------------------- the wire
+
+    def receive(self, seconds: float = 5) -> tuple[NetHeader, bytes] | None:
+        """What the device put on the wire: header and frame; None if nothing came within ``seconds``."""
+        if not select.select([self.wire], [], [], seconds)[0]:
+            return None
+        message = self.wire.recv(1 << 17)
+        return NetHeader.unpack(message), message[NetHeader.SIZE:]
+
+    def send(self, frame: bytes, header: NetHeader | None = None) -> None:
+        """Put a frame on the wire for the guest. Raises BlockingIOError when the wire takes no more."""
+        self.wire.send((header or NetHeader()).pack() + frame)
+
+    # ----------------------------------------------------------------------------------- what it says
+
+    @property
+    def from_guest(self) -> FlowStats:
+        """Counters of that direction."""
+        return self.lane.stats()[0]
+
+    @property
+    def to_guest(self) -> FlowStats:
+        """Counters of that direction."""
+        return self.lane.stats()[1]
+
+    def events(self, seconds: float = 5) -> LaneEvent:
+        """Wait for the pump to report, and take what it has to say (nothing: LaneEvent(0))."""
+        select.select([self._report], [], [], seconds)
+        _taken(self._report)
+        return self.lane.events()
+
+    def errors(self) -> tuple[int, int]:
+        """How often the err eventfd of (transmitq, receiveq) was signalled since the last question."""
+        return _taken(self.err_fds[0]), _taken(self.err_fds[1])
+
+    def close(self) -> None:
+        """Detach, end the pump, free everything made here; the driver stays its owner's."""
+        if self._attached:
+            self.detach()
+        self.pump.close()
+        self.lane.close()
+        self.side.close()
+        self.wire.close()
+        self._port.close()
+        for fd in (*self.err_fds, self._report):
+            os.close(fd)

@@ -1,0 +1,73 @@
+"""A guest without a virtual machine: QEMU's half of the socket and a driver's half of the rings, in Python.
+
+It goes through the messages of a real QEMU in their order and then moves frames, against any back-end.
+"""
+
+import socket
+from types import TracebackType
+
+from ring.driver import GuestMemory
+from vdev.net.features import Feature, mask
+from vdev.testing.netdriver import NetDriver
+from vhost_user.frontend import FrontEnd, RingSetup, SharedRegion
+from vhost_user.handshake import QEMU_10_0, Qemu, QemuVersion
+
+
+class ScriptedGuest:
+    """Connected, negotiated, its rings running and receive buffers posted when the constructor returns.
+
+    sock: a connected socket, from now on the guest's. features: what the driver accepts of what is offered.
+    queue_pairs: how many, all enabled; ``drivers`` has one NetDriver for each. size: descriptors of a queue.
+    """
+
+    def __init__(self, sock: socket.socket, *, features: int = mask(Feature.VERSION_1, Feature.MRG_RXBUF),
+                 queue_pairs: int = 1, size: int = 64, version: QemuVersion = QEMU_10_0) -> None:
+        self.memory = GuestMemory()
+        self.drivers = [NetDriver(self.memory, size=size, features=features) for _ in range(queue_pairs)]
+        self.front_end = FrontEnd(sock)
+        queues = [queue for driver in self.drivers for queue in (driver.receiveq, driver.transmitq)]
+        self.qemu = Qemu(self.front_end, [self._ring(queue) for queue in queues], version)
+        self.qemu.connect()
+        self.qemu.reset(queue_pairs)
+        regions = [SharedRegion(region.fd, region.gpa, region.uva, region.size, region.offset)
+                   for region in self.memory.regions]
+        self.qemu.start(regions, features & self.qemu.offered, enabled_pairs=queue_pairs)
+        for driver in self.drivers:
+            driver.fill()
+
+    @classmethod
+    def connect(cls, path: str, **options) -> "ScriptedGuest":
+        """A guest of the back-end that listens on ``path``; ``options`` as for the constructor."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(path)
+        return cls(sock, **options)
+
+    def _ring(self, queue) -> RingSetup:
+        ring, uva = queue.ring, self.memory.uva
+        return RingSetup(num=ring.size, desc=uva(ring.desc.gpa), avail=uva(ring.avail.gpa),
+                         used=uva(ring.used.gpa), kick=queue.kick_fd, call=queue.call_fd)
+
+    @property
+    def driver(self) -> NetDriver:
+        """That of the first queue pair."""
+        return self.drivers[0]
+
+    def exchange(self, frame: bytes, seconds: float = 5.0) -> bytes | None:
+        """Send ``frame`` on the first queue pair -> the next frame that comes back there, None after
+        ``seconds``."""
+        self.driver.transmit(frame)
+        received = self.driver.receive_within(seconds)
+        return None if received is None else received.frame
+
+    def close(self) -> None:
+        """Hang up, as a QEMU that ends. Idempotent."""
+        self.front_end.close()
+        for driver in self.drivers:
+            driver.close()
+        self.memory.close()
+
+    def __enter__(self) -> "ScriptedGuest":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self.close()
