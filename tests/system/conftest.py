@@ -1,0 +1,86 @@
+"""Fixtures for tests with real guests: QEMU in the versions at hand, a guest image, daemons, networks."""
+
+import contextlib
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vdev.qemu import QemuError, qemu_args
+from vdev.testing.daemon import Daemon
+from vdev.testing.guest import Image, LinuxGuest
+from vdev.testing.netns import Namespace, why_no_tap
+from vdev.testing.qemu import QemuProgram, find_program
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TOOL_SECONDS = 600  # the first time, a download of some 30 MB
+
+
+def _made_by(tool: str) -> dict:
+    """What a program of tools/ prints; the test is skipped with its reason when it cannot do its work."""
+    done = subprocess.run([TOOLS / tool], capture_output=True, text=True, timeout=TOOL_SECONDS, check=False)
+    if done.returncode:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def image() -> Image:
+    """The Linux guest's kernel and initramfs."""
+    made = _made_by("guest-image")
+    return Image(Path(made["kernel"]), Path(made["initrd"]), made["version"])
+
+
+@pytest.fixture(scope="session", params=["distribution", "backport"])
+def qemu(request: pytest.FixtureRequest) -> QemuProgram:
+    """Each QEMU in turn: the distribution's own (7.2 on Debian 12), and 10.0 from its backports."""
+    try:
+        if request.param == "distribution":
+            return find_program()
+        return find_program(_made_by("qemu-backport")["binary"])
+    except QemuError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def tap_possible() -> None:
+    """Skips where no network namespace with a TAP device can be had."""
+    reason = why_no_tap()
+    if reason:
+        pytest.skip(f"no TAP device to be had: {reason}")
+
+
+@pytest.fixture
+def lan(tap_possible: None) -> Iterator[Namespace]:
+    """A network namespace in which TAP devices can be made."""
+    with Namespace() as namespace:
+        yield namespace
+
+
+@pytest.fixture
+def socket_folder() -> Iterator[Path]:
+    """A directory for sockets, with a path short enough for their addresses."""
+    with tempfile.TemporaryDirectory(prefix="vdev-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def start_daemon() -> Iterator[Callable[..., Daemon]]:
+    """Start ``vdev.testing.daemon.Daemon(...)``; at the end each must stop well, with a clean log."""
+    with contextlib.ExitStack() as daemons:
+        yield lambda *arguments, **options: daemons.enter_context(Daemon(*arguments, **options))
+
+
+@pytest.fixture
+def start_guest(qemu: QemuProgram, image: Image) -> Iterator[Callable[..., LinuxGuest]]:
+    """Start a Linux guest on a vhost-user socket: ``start_guest(path, queue_pairs=1, cpus=1)``."""
+    with contextlib.ExitStack() as guests:
+
+        def start(path: Path, queue_pairs: int = 1, cpus: int = 1) -> LinuxGuest:
+            network = qemu_args(str(path), memory="256M", queue_pairs=queue_pairs, qemu=qemu.binary)
+            return guests.enter_context(LinuxGuest(qemu, image, network, cpus=cpus))
+
+        yield start
