@@ -21,7 +21,7 @@ from vhost_user.spec import NEED_REPLY_FLAG, VERSION, ProtocolFeature, Request, 
 from vhost_user.state import Offer
 from vhost_user.wire import U64, MemTable, Region, VringAddr, VringFd, VringState
 
-BIT_30, VERSION_1, PACKED = 1 << 30, 1 << 32, 1 << 34
+LOG_ALL, BIT_30, VERSION_1, PACKED = 1 << 26, 1 << 30, 1 << 32, 1 << 34
 FEATURES = BIT_30 | VERSION_1 | 1 << 15
 REPLY_ACK = mask(ProtocolFeature.REPLY_ACK)
 PROTOCOL = REPLY_ACK | mask(ProtocolFeature.MQ, ProtocolFeature.RARP, ProtocolFeature.MTU,
@@ -296,6 +296,16 @@ def test_P74_the_same_addresses_again_for_a_started_ring(started):
     do(started, Request.SET_VRING_ADDR, replace(ADDR, log=0x5000))
     assert started.rings[0].addr.log == 0x5000
     assert started.rings[0].started
+
+
+def test_P74_the_log_flag_of_a_started_ring_may_change():
+    session = Session(replace(OFFER, features=FEATURES | LOG_ALL))
+    do(session, Request.SET_FEATURES, U64(FEATURES))
+    do(session, Request.SET_VRING_NUM, VringState(0, 256))
+    do(session, Request.SET_VRING_ADDR, ADDR)
+    do(session, Request.SET_VRING_KICK, VringFd(0, True), fds=1)
+    do(session, Request.SET_VRING_ADDR, replace(ADDR, flags=1, log=0x5000))
+    assert (session.rings[0].addr.flags, session.rings[0].started) == (1, True)
 
 
 @pytest.mark.parametrize("flags", [1, 2, 0xFFFFFFFF])

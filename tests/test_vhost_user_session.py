@@ -217,6 +217,14 @@ def test_P33_set_owner_twice_changes_nothing():
     assert session.state == before
 
 
+def test_P98_the_socket_for_our_own_requests_may_come_again():
+    session = negotiated()
+    for _ in range(2):
+        request = ask(session, Request.SET_BACKEND_REQ_FD, fds=1)
+        os.close(request.fds.take())
+        assert session.answer(request, Result.ok()) == ack(Request.SET_BACKEND_REQ_FD)
+
+
 def test_the_same_features_again_are_fine_while_rings_run():
     # QEMU sends both once a queue pair, when the first pair has started already.
     session = negotiated()
@@ -351,6 +359,12 @@ def test_a_ring_that_was_really_stopped_is_not_resumed(then):
     do(session, *then)
     with pytest.raises(ValueError, match="ring 0"):
         session.resume(0)
+
+
+def test_a_ring_that_did_not_run_when_asked_for_its_base_is_not_resumed():
+    session = running()
+    do(session, Request.GET_VRING_BASE, VringState(2, 0))
+    assert not session.state.resumable(2)
 
 
 def test_no_ring_is_resumed_where_the_driver_could_have_reset_it():

@@ -6,6 +6,7 @@ import resource
 import select
 import socket
 import struct
+import termios
 import threading
 
 import pytest
@@ -263,7 +264,7 @@ def test_a_peer_that_reads_late_still_gets_its_answer_whole():
     with theirs:
         transport = Transport(ours)
         _fill(ours)
-        backlog = struct.unpack("i", fcntl.ioctl(theirs, 0x541B, bytes(4)))[0]  # FIONREAD
+        backlog = struct.unpack("i", fcntl.ioctl(theirs, termios.FIONREAD, bytes(4)))[0]
         received = bytearray()
 
         def read() -> None:
@@ -296,6 +297,30 @@ def test_descriptors_are_sent_on_the_first_byte(pair):
     assert len(fds) == 2
     for number in (fd, *fds):
         os.close(number)
+
+
+def test_descriptors_are_sent_once_even_if_the_bytes_go_in_several_parts():
+    ours, theirs = socket.socketpair()
+    fd = os.eventfd(0)
+    data = bytes(1 << 20)
+    received, descriptors = bytearray(), []
+
+    def read() -> None:
+        while len(received) < len(data):
+            part, fds, _, _ = socket.recv_fds(theirs, 65536, 8)
+            received.extend(part)
+            descriptors.extend(fds)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    transport = Transport(ours)
+    transport.send(data, [fd])
+    reader.join()
+    transport.close()
+    theirs.close()
+    for number in (fd, *descriptors):
+        os.close(number)
+    assert len(descriptors) == 1
 
 
 def test_close_may_be_repeated_and_drops_half_a_message(pair):

@@ -6,6 +6,8 @@ requests        one row for each request: layout, descriptors, gate, rule, effec
 state, effects  what a session has agreed on, and what changes it
 rules           what each request must satisfy
 session         accept() and answer(): the back-end's half, without I/O
+fds, errors     who owns a descriptor; what a peer's mistake leads to
 transport       the socket
-frontend        QEMU's half, for tests and tools
+frontend        the front-end's half, for tests and tools
+handshake       what QEMU and DPDK send through it, in their order
 """

@@ -16,6 +16,7 @@ Effect = Callable[[State, Any, Any], State]
 
 
 def nothing(state: State, _payload: Any, _body: Any) -> State:
+    """The request changes nothing that the session keeps."""
     return state
 
 

@@ -138,7 +138,7 @@ class Qemu:
             for shared in regions:
                 self.frontend.add_mem_reg(shared, need_reply=True)
         elif not slots and first:
-            self.frontend.set_mem_table(regions)
+            self.frontend.set_mem_table(regions, need_reply=True)
 
     def _add_status(self, bits: int) -> None:
         if self.frontend.has(ProtocolFeature.STATUS):

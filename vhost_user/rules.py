@@ -9,15 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .errors import Refused
-from .spec import (
-    MTU_MAX,
-    MTU_MIN,
-    VRING_LOG_FLAG,
-    ProtocolFeature,
-    VirtioBit,
-    bit_names,
-    mask,
-)
+from .spec import MTU_MAX, MTU_MIN, VRING_LOG_FLAG, ProtocolFeature, VirtioBit, bit_names, mask
 from .state import Offer, State
 from .wire import U64, MemTable, Region, VringAddr, VringFd, VringState
 
@@ -96,7 +88,7 @@ def set_vring_addr(offer: Offer, state: State, payload: VringAddr, _fds: int) ->
                           "the driver must place it as virtio 1.x, \"Virtqueues\", demands",
                           "A vring address description")
     ring = state.rings[payload.index]
-    if ring.started and ring.addr is not None and _places(ring.addr) != _places(payload):
+    if ring.started and _places(ring.addr) != _places(payload):
         raise Refused("the ring is started and these are other addresses",
                       "the front-end must stop the ring with GET_VRING_BASE before it moves it",
                       "Ring states")

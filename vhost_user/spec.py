@@ -21,8 +21,7 @@ FDS_MAX = 8  # file descriptors in one message ("Communication")
 TABLE_REGIONS_MAX = 8  # regions in one SET_MEM_TABLE ("Multiple memory regions description")
 
 # SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR carry one u64 (entry "VHOST_USER_SET_VRING_KICK").
-VRING_INDEX_MASK = 0xFF
-VRING_NOFD = 0x100  # no file descriptor comes along
+VRING_NOFD = 0x100  # no file descriptor comes along; the bits below it are the ring index
 
 QUEUE_SIZE_MAX = 32768  # virtio 1.x, "Virtqueues": the largest size of a queue
 VRING_LOG_FLAG = 0x1  # "A vring address description": writes to the used ring are logged

@@ -1,10 +1,10 @@
 """The only code that touches a vhost-user socket.
 
 Theory of operation. The socket is a stream; descriptors ride on its bytes as SCM_RIGHTS. A receiver that
-asked for more than the current message could be handed the next message's descriptors, so
-each read asks for exactly what the :class:`Decoder <vhost_user.codec.Decoder>` needs: 12 bytes, then the
-payload. Room for descriptors is given on every read, so that one in the wrong place is seen and named
-rather than discarded in silence; more than eight do not fit, which the kernel reports as MSG_CTRUNC.
+asked for more than the current message could be handed the next message's descriptors, so each read asks
+for exactly what the :class:`Decoder <vhost_user.codec.Decoder>` needs: 12 bytes, then the payload. Room for
+descriptors is given on every read, so that one in the wrong place is seen and named rather than discarded
+in silence; more than eight do not fit, which the kernel reports as MSG_CTRUNC.
 Nothing blocks: a half message has a deadline, a reply that the peer does not read has one, and how much
 is read in one turn of the control loop is bounded.
 """
@@ -91,7 +91,7 @@ class Transport:
     def send(self, data: bytes, fds: Iterable[int] = ()) -> None:
         """Send ``data`` whole, with ``fds`` (which stay the caller's) on its first byte.
 
-        Raises Close if the peer is gone, or does not read for SEND_DEADLINE seconds.
+        Raises Disconnected if the peer is gone, Close if it does not read for SEND_DEADLINE seconds.
         """
         rest = memoryview(data)
         rights = array("i", fds).tobytes()
