@@ -103,3 +103,17 @@ def test_build_without_compiler_says_so_in_one_line(tmp_path: Path) -> None:
     assert done.stderr.strip().splitlines()[-1] == (
         "vdev: no C compiler (no-such-compiler is not on PATH); "
         "on Debian and Ubuntu: sudo apt install gcc libc6-dev")
+
+
+def test_pytest_refuses_to_test_a_stale_extension(copy: Path, tmp_path: Path) -> None:
+    conftest = Path(__file__).with_name("conftest.py")
+    (tmp_path / "tests").mkdir()
+    shutil.copy(conftest, tmp_path / "tests")
+    (tmp_path / "tests/test_nothing.py").write_text("def test_nothing(): pass\n")
+    with (copy / "core/split.c").open("a") as file:
+        file.write("/* one more line */\n")
+    done = subprocess.run([sys.executable, "-m", "pytest", "tests"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=60, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "stale" in done.stderr and "Traceback" not in done.stderr
+    assert "1 passed" not in done.stdout

@@ -15,27 +15,18 @@ import time
 
 import pytest
 
-from ring.driver import GuestMemory, RingFull
+from ring.driver import RingFull
 from ring.errors import QueueBusy
 from ring.loadgen import LoadGenerator, Role
 from ring.pump import LaneEvent
 from vdev.net.features import Feature, mask
 from vdev.testing.netdriver import NEEDS_CSUM, NetDriver, NetHeader, Received
-from vdev.testing.rig import PumpedDevice
+from vdev.testing.rig import pumped
 
 BASE = mask(Feature.VERSION_1, Feature.INDIRECT_DESC, Feature.EVENT_IDX)
 MERGEABLE = BASE | mask(Feature.MRG_RXBUF)
 PLAIN = mask(Feature.VERSION_1)
 MAX_FRAME = 65550
-
-
-@contextlib.contextmanager
-def running(features: int = MERGEABLE, memory_size: int = 24 << 20, **options: object):
-    """A driver and its pumped device; options are those of PumpedDevice, and size and buffer_size."""
-    of_driver = {name: options.pop(name) for name in ("size", "buffer_size") if name in options}
-    with (GuestMemory(memory_size) as memory, NetDriver(memory, features=features, **of_driver) as driver,
-          PumpedDevice(driver, **options) as device):
-        yield driver, device
 
 
 # No two places in a frame look alike, and neither do two frames in a row.
@@ -64,7 +55,7 @@ def receive(driver: NetDriver) -> Received:
 def test_frame_from_guest(features, length, cuts, direct):
     if direct is not None and features == PLAIN:
         direct = None
-    with running(features) as (driver, device):
+    with pumped(features) as (driver, device):
         frame = pattern(length)
         driver.transmit(frame, cuts=cuts, direct=direct)
         assert device.receive() == (NetHeader(), frame)
@@ -74,7 +65,7 @@ def test_frame_from_guest(features, length, cuts, direct):
 
 
 def test_frames_keep_their_order_and_their_headers():
-    with running(MERGEABLE | mask(Feature.CSUM)) as (driver, device):
+    with pumped(MERGEABLE | mask(Feature.CSUM)) as (driver, device):
         headers = [NetHeader(flags=NEEDS_CSUM, csum_start=14 + i, csum_offset=i % 7) for i in range(200)]
         for i, header in enumerate(headers):
             driver.offer(pattern(100 + i, i), header)
@@ -84,7 +75,7 @@ def test_frames_keep_their_order_and_their_headers():
 
 
 def test_port_without_header():
-    with running(port_header=0) as (driver, device):
+    with pumped(port_header=0) as (driver, device):
         driver.fill()
         driver.transmit(pattern(80), cuts=(12,))
         driver.transmit(pattern(81), cuts=(3, 40))
@@ -98,7 +89,7 @@ def test_port_without_header():
 
 def test_full_wire_holds_frames_back_and_loses_none():
     """F23: the chain goes back into the ring, and the pump sleeps until the wire is writable."""
-    with running(size=256) as (driver, device):
+    with pumped(size=256) as (driver, device):
         sent = received = 0
         with contextlib.suppress(RingFull):
             while True:  # more than the wire and the ring hold
@@ -118,7 +109,7 @@ def test_full_wire_holds_frames_back_and_loses_none():
 
 
 def test_null_port():
-    with running(to_port=-1, from_port=-1) as (driver, device):
+    with pumped(to_port=-1, from_port=-1) as (driver, device):
         for i in range(50):
             driver.offer(pattern(60, i))
         driver.transmitq.submit()
@@ -134,7 +125,7 @@ def test_null_port():
 def test_R53_frames_to_guest_of_every_length(features, buffer_size):
     """Short after long and long after short: the pump guesses the next frame's length from the last."""
     lengths = [14, 60, 1514, 1524, 1525, MAX_FRAME, 60, 9000, 65, MAX_FRAME, MAX_FRAME - 1, 3060, 3061, 14]
-    with running(features, buffer_size=buffer_size) as (driver, device):
+    with pumped(features, buffer_size=buffer_size) as (driver, device):
         driver.fill()
         for i, length in enumerate(lengths):
             device.send(pattern(length, i))
@@ -149,7 +140,7 @@ def test_R53_frames_to_guest_of_every_length(features, buffer_size):
 
 @pytest.mark.parametrize("pieces", [[12, 1514], [1, 11, 3, 2000], [5, 5, 5, 1600], [13, 1600], [12, 1, 1, 2000]])
 def test_receive_buffer_in_pieces(pieces):
-    with running(PLAIN) as (driver, device):
+    with pumped(PLAIN) as (driver, device):
         for _ in range(3):
             driver.receiveq.post(writable=pieces)
         driver.receiveq.submit()
@@ -161,14 +152,14 @@ def test_receive_buffer_in_pieces(pieces):
 
 def test_header_for_the_guest_is_made_by_us():
     """N19, N22: num_buffers is ours, bits that the guest did not negotiate are taken out."""
-    with running(MERGEABLE | mask(Feature.GUEST_CSUM)) as (driver, device):
+    with pumped(MERGEABLE | mask(Feature.GUEST_CSUM)) as (driver, device):
         driver.fill()
         device.send(pattern(60), NetHeader(flags=0xFF, hdr_len=54, csum_start=34, csum_offset=16, num_buffers=77))
         assert receive(driver).header == NetHeader(flags=3, csum_start=34, csum_offset=16, num_buffers=1)
 
 
 def test_R52_N24_no_buffers_hold_frames_back_and_lose_none():
-    with running(size=16) as (driver, device):
+    with pumped(size=16) as (driver, device):
         sent = 0
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -188,7 +179,7 @@ def test_R52_N24_no_buffers_hold_frames_back_and_lose_none():
 @pytest.mark.parametrize("features", [MERGEABLE, MERGEABLE & ~mask(Feature.EVENT_IDX)])
 def test_R48_frame_waits_for_the_buffers_it_lacks(features):
     """Nothing is published before all of it fits, and each buffer posted meanwhile wakes the pump."""
-    with running(features, buffer_size=1000, size=16) as (driver, device):
+    with pumped(features, buffer_size=1000, size=16) as (driver, device):
         device.send(pattern(4500))
         for _ in range(4):
             driver.fill(1)
@@ -200,7 +191,7 @@ def test_R48_frame_waits_for_the_buffers_it_lacks(features):
 
 
 def test_mtu_that_was_negotiated_is_kept():
-    with running(mtu=1500) as (driver, device):
+    with pumped(mtu=1500) as (driver, device):
         driver.fill()
         tag = bytes(12) + b"\x81\x00"
         device.send(pattern(1514))
@@ -218,7 +209,7 @@ def test_mtu_that_was_negotiated_is_kept():
 
 def test_disabled_queues():
     """A disabled transmitq is drained and dropped, a disabled receiveq gets nothing and loses nothing."""
-    with running(attach=False) as (driver, device):
+    with pumped(attach=False) as (driver, device):
         device.config.from_guest.enabled = device.config.to_guest.enabled = False
         device.attach()
         driver.fill()
@@ -239,7 +230,7 @@ def test_disabled_queues():
 
 
 def test_lent_queue_refuses_step_calls():
-    with running() as (driver, device):
+    with pumped() as (driver, device):
         queue = device.config.from_guest.queue
         for verb in (queue.see, queue.pop, queue.arm, queue.publish, queue.close):
             with pytest.raises(QueueBusy):
@@ -260,7 +251,7 @@ def test_lent_queue_refuses_step_calls():
 
 def test_queue_is_looked_at_once_without_a_kick():
     """P86: what was made available before the kick descriptor came would wait for ever otherwise."""
-    with running(attach=False) as (driver, device):
+    with pumped(attach=False) as (driver, device):
         driver.offer(pattern(60))
         driver.transmitq.publish()
         device.send(pattern(61))
@@ -272,7 +263,7 @@ def test_queue_is_looked_at_once_without_a_kick():
 
 
 def test_queue_without_kick_descriptor_is_polled():
-    with running(attach=False) as (driver, device):
+    with pumped(attach=False) as (driver, device):
         device.config.from_guest.kick = device.config.to_guest.kick = -1
         device.attach()
         time.sleep(0.02)
@@ -287,7 +278,7 @@ def test_queue_without_kick_descriptor_is_polled():
 
 def test_new_call_descriptor_is_signalled_once():
     """A notification may have gone to the old one in the meantime."""
-    with running() as (driver, device):
+    with pumped() as (driver, device):
         device.detach()
         fresh = os.eventfd(0, os.EFD_NONBLOCK)
         device.config = dataclasses.replace(
@@ -303,7 +294,7 @@ def test_new_call_descriptor_is_signalled_once():
 
 
 def test_kicks_are_reported_when_asked_for():
-    with running(attach=False, watch_kicks=True) as (driver, device):
+    with pumped(attach=False, watch_kicks=True) as (driver, device):
         queue, device.config.from_guest.queue = device.config.from_guest.queue, None
         device.attach()
         driver.transmitq.kick()
@@ -313,7 +304,7 @@ def test_kicks_are_reported_when_asked_for():
 
 
 def test_port_that_goes_away():
-    with running() as (driver, device):
+    with pumped() as (driver, device):
         driver.fill()
         driver.transmit(pattern(60))
         assert device.receive() is not None
@@ -331,7 +322,7 @@ def test_port_that_goes_away():
 
 
 def test_new_port_after_one_that_went_away():
-    with running() as (driver, device):
+    with pumped() as (driver, device):
         driver.fill()
         device.wire.close()
         assert device.events() == LaneEvent.PORT_GONE
@@ -371,7 +362,7 @@ def test_every_frame_comes_round_whole_and_in_order(features, load):
     frame_bytes = load.get("frame_bytes", 1514)
     room = {"frame_bytes": 1524 if features & mask(Feature.MRG_RXBUF) else frame_bytes}
     frames = 10_000
-    with (running(features, loop=True) as (driver, device),
+    with (pumped(features, loop=True) as (driver, device),
           LoadGenerator(driver.receiveq, Role.RECEIVE, frames=frames, busy_poll=load.get("busy_poll", False),
                         **room) as sink,
           LoadGenerator(driver.transmitq, Role.TRANSMIT, frames=frames, **load) as source):
@@ -391,7 +382,7 @@ def test_every_frame_comes_round_whole_and_in_order(features, load):
 
 
 def test_F20_stopping_in_the_middle_loses_and_repeats_nothing():
-    with (running(loop=True) as (driver, device),
+    with (pumped(loop=True) as (driver, device),
           LoadGenerator(driver.receiveq, Role.RECEIVE) as sink,
           LoadGenerator(driver.transmitq, Role.TRANSMIT, batch=3) as source):
         sink.start()
@@ -426,7 +417,7 @@ def test_F20_stopping_in_the_middle_loses_and_repeats_nothing():
 
 def test_lanes_of_one_pump_do_not_starve_each_other():
     """One guest floods, the other, in the same worker, still gets its frames."""
-    with (running(to_port=-1, from_port=-1) as (flood, flooded), running(attach=False) as (driver, device),
+    with (pumped(to_port=-1, from_port=-1) as (flood, flooded), pumped(attach=False) as (driver, device),
           LoadGenerator(flood.transmitq, Role.TRANSMIT, busy_poll=True) as source):
         device.lane.configure(device.config)
         flooded.pump.attach(device.lane)
@@ -445,7 +436,7 @@ def test_lanes_of_one_pump_do_not_starve_each_other():
 
 
 def test_counters_may_be_read_while_it_runs():
-    with (running(to_port=-1, from_port=-1) as (driver, device),
+    with (pumped(to_port=-1, from_port=-1) as (driver, device),
           LoadGenerator(driver.transmitq, Role.TRANSMIT, frames=50_000) as source):
         seen, stop = [], threading.Event()
 

@@ -61,7 +61,8 @@ int header_from_guest(struct net_header *h, uint64_t length, uint64_t features, 
     if (h->hdr_len > length)
         h->hdr_len = (uint16_t)length;
     if (h->flags & F_NEEDS_CSUM) {
-        if (!has(features, NET_F_CSUM) || (uint64_t)h->csum_start + h->csum_offset + 2 > length)
+        if (!has(features, NET_F_CSUM) || h->csum_start < ETHERNET_HEADER ||
+            (uint64_t)h->csum_start + h->csum_offset + 2 > length)
             return DROP_BAD_HEADER;
     } else {
         h->csum_start = h->csum_offset = 0; /* 5.1.6.2.2: MUST NOT be used */

@@ -15,6 +15,8 @@
 
 #define BURST_BYTES (256 * 1024) /* so much is made visible early: the guest works while we go on */
 
+#define PIECES_MAX (RING_PIECES_MAX - 1) /* beside our header the tail, too, is a piece of its own */
+
 #define SMALL_FRAME (NET_HEADER + 1514)
 #define LARGE_FRAME (NET_HEADER + 65550)
 
@@ -35,7 +37,7 @@ static int take_chain(struct lane *l, struct vq *q, struct intake *in)
 
     if (in->chains == q->size)
         return RING_EMPTY;
-    int status = split_pop(q, &c, pieces, RING_PIECES_MAX - in->pieces);
+    int status = split_pop(q, &c, pieces, PIECES_MAX - in->pieces);
     if (status == RING_EMPTY || q->broken)
         return status;
     if (status == RING_E_PIECES && in->pieces > 0) {
@@ -121,7 +123,7 @@ static enum received place_from_room(struct lane *l, struct vq *q, const struct 
 
     l->held = 0;
     if (q->broken)
-        return STOP;
+        return count_drop(&l->stats.to_guest, DROP_BAD_CHAIN), STOP;
     if (in.capacity >= wanted) {
         pieces_copy(l->pieces + 1, in.pieces, NET_HEADER, l->room, length, true);
         complete(l, q, &in, &mine, length);
@@ -137,6 +139,17 @@ static enum received place_from_room(struct lane *l, struct vq *q, const struct 
     l->held = length;
     l->held_header = mine;
     return status == RING_MORE ? RECEIVED : STARVED;
+}
+
+/* Place a frame that was held. The lane may have been detached meanwhile, and another driver, which negotiated
+ * less, may have taken over. */
+static enum received place_held(struct lane *l, struct vq *q)
+{
+    if (header_to_guest(&l->held_header, l->config.features)) {
+        l->held = 0;
+        return count_drop(&l->stats.to_guest, DROP_OFFLOAD), RECEIVED;
+    }
+    return place_from_room(l, q, &l->held_header, l->held);
 }
 
 /* 5.1.4: is a frame without segmentation longer than the MTU the driver was told? A VLAN tag is not counted;
@@ -241,7 +254,7 @@ static enum received burst_to_guest(struct lane *l, struct vq *q)
     for (int i = 0; i < BURST_FRAMES && l->stats.to_guest.bytes < until; i++) {
         enum received r;
         if (unlikely(l->held))
-            r = place_from_room(l, q, &l->held_header, l->held);
+            r = place_held(l, q);
         else
             r = l->port_gone ? IDLE : receive_frame(l, q);
         if (r != RECEIVED)
