@@ -7,11 +7,12 @@ import shutil
 import stat
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from vdev import cli, descriptor
+from vdev import cli, descriptor, verbs
 from vdev.errors import Failure
 from vdev.run_options import join_features
 
@@ -69,7 +70,7 @@ def test_print_capabilities_opens_no_device(tmp_path):
 # ------------------------------------------------------------------------------ help and version
 
 
-@pytest.mark.parametrize("verb", ["", *cli.VERBS])
+@pytest.mark.parametrize("verb", ["", *verbs.VERBS])
 def test_every_verb_has_help_with_an_example(verb, capfd):
     with pytest.raises(SystemExit) as ended:
         cli.main([*verb.split(), "--help"])
@@ -83,11 +84,11 @@ def test_help_lists_the_verbs(capfd):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = capfd.readouterr().out
-    assert all(f"  vdev {verb} " in text for verb in cli.VERBS)
+    assert all(f"  vdev {verb} " in text for verb in verbs.VERBS)
 
 
 def test_version(capfd):
-    assert call(capfd, "--version") == (0, "vdev 0.1.0\n", "")
+    assert call(capfd, "--version") == (0, f"vdev {metadata.version('vdev')}\n", "")
 
 
 # --------------------------------------------------------------------------------------- misuse
@@ -98,7 +99,7 @@ def test_version(capfd):
     (["run"], "vdev: no socket: give --socket-path PATH or --fd N"),
     (["--socket-path", "/x", "--fd", "3"],
      "vdev: two sockets, of which only one can be: give --socket-path PATH or --fd N"),
-    (["serve"], "vdev: unknown verb 'serve'; known: run, qemu-args, demo, capabilities, install-descriptor; "
+    (["serve"], "vdev: unknown verb 'serve'; known: " + ", ".join(verbs.VERBS) + "; "
                 "`vdev --help` tells more"),
     (["--frobnicate"], "vdev: unrecognized arguments: --frobnicate; `vdev --help` lists what there is"),
     (["run", "--frobnicate"], "vdev: unrecognized arguments: --frobnicate; `vdev run --help` lists what there is"),
@@ -134,6 +135,13 @@ def test_join_features():
     assert join_features(["--features", "-mq", "-v"]) == ["--features=-mq", "-v"]
     assert join_features(["--features"]) == ["--features"]
     assert join_features(["--features=+mq", "--fd", "3"]) == ["--features=+mq", "--fd", "3"]
+
+
+def test_path_that_is_no_text_is_printed_as_it_is(tmp_path):
+    path = os.fsencode(tmp_path) + b"/\xff.sock"
+    done = subprocess.run([*PROGRAM, "qemu-args", path, "--qemu", fake_qemu(tmp_path)], capture_output=True,
+                          timeout=60, check=True)
+    assert b"path=" + path in done.stdout
 
 
 def test_reader_that_leaves_early_is_no_traceback():
@@ -238,6 +246,8 @@ def test_descriptor_of_a_user(program, tmp_path, monkeypatch, capfd):
     for arguments in (["--user"], []):
         _, out, _ = call(capfd, "install-descriptor", *arguments)
         assert out == f"{tmp_path}/config/qemu/vhost-user/50-vdev.json\n"
+    _, out, _ = call(capfd, "install-descriptor", "--json")
+    assert json.loads(out) == {"path": f"{tmp_path}/config/qemu/vhost-user/50-vdev.json"}
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert descriptor.user_directory() == "/home/somebody/.config/qemu/vhost-user"

@@ -1,17 +1,20 @@
 """vdev/daemon.py: the whole program as a child process, with front-ends that are Python or nobody."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ring.driver_split import RingFull
 from vdev.config import DeviceConfig
 from vdev.daemon import fitted
 from vdev.errors import Failure
@@ -63,9 +66,9 @@ class Started:
             assert self.process.poll() is None, self.log()
             time.sleep(0.005)
 
-    def end(self, number=signal.SIGTERM):
+    def end(self, number=signal.SIGTERM, seconds=START_SECONDS):
         self.process.send_signal(number)
-        return self.process.wait(END_SECONDS)
+        return self.process.wait(seconds)
 
     def open_fds(self):
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
@@ -372,11 +375,29 @@ def test_tap_without_the_right_to_make_one_names_the_ways_out(start, path):
 def test_F31_signal_under_traffic_ends_it_clean(start, path, number):
     daemon = start("--socket-path", path, "--port", "loopback:", "--log-format", "json")
     with ScriptedGuest.connect(path) as guest:
+        ended = threading.Event()
+
+        def flood():
+            while not ended.is_set():
+                with contextlib.suppress(RingFull):
+                    guest.driver.transmit(FRAME)
+                guest.driver.reclaim()
+                guest.driver.receive()
+
         assert guest.exchange(FRAME) == FRAME
-        assert daemon.end(number) == 0
+        thread = threading.Thread(target=flood)
+        thread.start()
+        try:
+            time.sleep(0.05)
+            assert daemon.end(number, END_SECONDS) == 0
+        finally:
+            ended.set()
+            thread.join()
         assert guest.front_end.closed()
     assert not os.path.exists(path)
-    assert daemon.events("session-end")[0]["reason"] == "vdev is ending"
+    (end,) = daemon.events("session-end")
+    assert end["reason"] == "vdev is ending"
+    assert end["from_guest"]["frames"] > 1
     assert daemon.events("ending")[0]["reason"] == number.name
 
 
@@ -398,6 +419,39 @@ def test_F31_path_taken_over_is_not_removed(start, path):
         other.bind(path)
         assert daemon.end() == 0
         assert os.path.exists(path)
+
+
+BROKEN_DEVICES = """
+import os, signal, sys
+from vdev import logs
+from vdev.config import DaemonConfig, DeviceConfig
+from vdev.daemon import Daemon
+
+class Broken:
+    def watches(self):
+        return []
+
+    def close(self):
+        raise RuntimeError("cannot let go")
+
+logs.setup("info", "text")
+devices = tuple(DeviceConfig(os.path.basename(path), socket_path=path) for path in sys.argv[1:])
+daemon = Daemon(DaemonConfig(devices), lambda config, log: Broken())
+signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+daemon.run()
+"""
+
+
+def test_F38_device_that_cannot_be_closed_does_not_keep_the_others_from_it(tmp_path):
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    done = subprocess.run([sys.executable, "-c", BROKEN_DEVICES, *paths], capture_output=True, text=True, timeout=60,
+                          check=False)
+    assert done.returncode == 0
+    assert done.stdout == f"ready socket={paths[0]} socket={paths[1]}\n"
+    assert done.stderr.count("internal error while closing a device: RuntimeError: cannot let go") == 2
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_F32_other_signals_are_ignored(start, path):

@@ -71,7 +71,7 @@ class DaemonConfig:
 
 # --------------------------------------------------------------------------------------- converters
 # Each takes what a source has (text, or a TOML value) and gives what the configuration has, or raises
-# ValueError with the rule that was broken.
+# ValueError with the rule that was broken. OptionError, a ValueError too, names its option itself.
 
 
 def _integer(low: int, high: int) -> Callable[[Any], int]:
@@ -137,18 +137,19 @@ def _port(value: Any) -> PortSpec:
     return parse_port(_text(value)) if isinstance(value, str) else value
 
 
-DESCRIPTOR = _integer(0, 1 << 20)  # far above the kernel's limit for one process, fs.nr_open
+_descriptor = _integer(0, (1 << 20) - 1)  # the kernel's own limit for one process, fs.nr_open
+queue_pairs = _integer(1, QUEUE_PAIRS_MAX)
 
 # key: (attribute of DeviceConfig, converter)
 DEVICE_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "name": ("name", _text),
     "socket": ("socket_path", _path),
-    "fd": ("fd", DESCRIPTOR),
+    "fd": ("fd", _descriptor),
     "client": ("client", _flag),
     "socket-group": ("socket_group", _group),
     "socket-mode": ("socket_mode", _mode),
     "port": ("port", _port),
-    "queue-pairs": ("queue_pairs", _integer(1, QUEUE_PAIRS_MAX)),
+    "queue-pairs": ("queue_pairs", queue_pairs),
     "features": ("features", _features),
 }
 # those that may also be given once for all devices
@@ -156,7 +157,7 @@ SHARED_KEYS = ("client", "socket-group", "socket-mode", "queue-pairs", "features
 
 PROCESS_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "one-off": ("one_off", _flag),
-    "ready-fd": ("ready_fd", DESCRIPTOR),
+    "ready-fd": ("ready_fd", _descriptor),
     "log-format": ("log_format", _choice(*FORMATS)),
     "log-level": ("log_level", _choice(*LEVELS)),
 }

@@ -55,11 +55,10 @@ def open_device(config: DeviceConfig, log: EventLog) -> Device:
     try:
         default = port.carries.queue_pairs if isinstance(port, Tap) else 1
         return Device(config.name, port, fitted(config, port, default), log)
-    except (RingError, OSError, MemoryError) as error:
+    except BaseException as error:
         port.close()
-        raise Failure(f"{config.name}: the device cannot be made: {error}") from None
-    except BaseException:
-        port.close()
+        if isinstance(error, RingError | OSError | MemoryError):
+            raise Failure(f"{config.name}: the device cannot be made: {error}") from None
         raise
 
 
@@ -70,8 +69,8 @@ def fitted(config: DeviceConfig, port: Port, default_pairs: int) -> DeviceConfig
     """
     pairs = config.queue_pairs or default_pairs
     if pairs > port.carries.queue_pairs:
-        raise Failure(f"{port} carries {port.carries.queue_pairs} queue pairs, not {pairs}; give --queue-pairs "
-                      f"{port.carries.queue_pairs}")
+        most = port.carries.queue_pairs
+        raise Failure(f"{port} carries {most} queue pairs, not {pairs}; give --queue-pairs {most}")
     missing = config.features.add & ~offer.virtio_features(port.carries, pairs, config.features.remove)
     if missing:
         listed = ", ".join(names(missing)).lower()
@@ -88,7 +87,6 @@ class Daemon:
         self._open_device = open_device
         self._log = EventLog()
         self._loop = Loop(lambda exception: self._log.bug("internal-error", "serving an event", exception))
-        self._services: list[Service] = []
         self._serving = 0
 
     def run(self) -> None:
@@ -131,7 +129,7 @@ class Daemon:
         devices = []
         for config, log in zip(configs, logs, strict=True):
             device = self._open_device(config, log)
-            cleanup.callback(device.close)
+            cleanup.callback(self._release, device)
             devices.append(device)
         services = []
         for config, sock, device, log in zip(configs, sockets, devices, logs, strict=True):
@@ -154,11 +152,17 @@ class Daemon:
             return Inherited(sock)
         return Connecting(config.socket_path, self._loop, log)
 
+    def _release(self, device: Device) -> None:
+        try:
+            device.close()
+        except Exception as exception:  # the others still have to be released, and the sockets removed
+            self._log.bug("internal-error", "closing a device", exception)
+
     def _tell_ready(self) -> None:
         line = " ".join(["ready", *map(str, self._config.devices)])
         # Not print(): a reader that went away must not be found again when the interpreter flushes at exit.
         with contextlib.suppress(OSError):
-            os.write(1, line.encode() + b"\n")
+            os.write(1, os.fsencode(line) + b"\n")
         if self._config.ready_fd is not None:
             notify.write_ready_fd(self._config.ready_fd)
         self._tell_manager("READY=1")

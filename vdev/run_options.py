@@ -42,7 +42,8 @@ def parser(prog: str, verbs: str = "") -> Parser:
 
     device = run.add_argument_group("the device").add_argument
     device("--socket-path", dest="socket", metavar="PATH", help="listen on the Unix socket PATH")
-    device("--fd", metavar="N", help="use the inherited socket N, connected or listening")
+    device("--fd", metavar="N",
+           help="use the inherited socket N, connected or listening (default: the one in LISTEN_FDS)")
     device("--port", metavar="SPEC",
            help="where frames go (default: a new TAP where one may be made, else responder)")
     device("--queue-pairs", metavar="N",

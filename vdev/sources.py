@@ -26,6 +26,8 @@ SETTLED = 1.0
 
 
 class Source(Protocol):
+    """What a service needs of where its connections come from. ``ends``: there is only one to give."""
+
     ends: bool
 
     def open(self, deliver: Deliver) -> None:

@@ -26,15 +26,15 @@ class Daemon:
 
     arguments: of the command line, e.g. ``["--socket-path", path, "--port", "tap:vdev0"]``.
     namespace: where it makes its TAP devices. privileged: False takes root's capabilities away.
-    pass_fds: descriptors it inherits. Raises ProcessDied with the daemon's own words when it does not start.
+    pass_fds: descriptors it inherits. program: what Python runs instead of ``-m vdev run``.
+    Raises ProcessDied with the daemon's own words when it does not start.
     """
 
     def __init__(self, arguments: Sequence[str], *, namespace: Namespace | None = None, privileged: bool = True,
-                 pass_fds: Sequence[int] = ()) -> None:
+                 pass_fds: Sequence[int] = (), program: Sequence[str] = ("-m", "vdev", "run")) -> None:
         ready, daemon_ready = os.pipe()
         try:
-            command = [sys.executable, "-m", "vdev", "run", *arguments, "--log-format", "json",
-                       "--ready-fd", str(daemon_ready)]
+            command = [sys.executable, *program, *arguments, "--log-format", "json", "--ready-fd", str(daemon_ready)]
             self.child = Child(command if privileged else as_plain_user(command), namespace=namespace,
                                pass_fds=[daemon_ready, *pass_fds])
             os.close(daemon_ready)

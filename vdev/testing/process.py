@@ -20,23 +20,23 @@ TIED = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 class Child:
-    """A started program whose stdout and stderr go to one log file.
+    """A started program whose stdout and stderr go to one log.
 
     command: program and arguments. namespace: where it runs, this process's own by default.
-    pass_fds: descriptors it inherits, under the same numbers. env: replaces the environment when given.
-    stdin: a descriptor or subprocess constant; closed at once by default.
+    pass_fds: descriptors it inherits, under the same numbers.
+    terminal: a descriptor to use as stdin and stdout instead of nothing and the log.
     """
 
     def __init__(self, command: Sequence[str], *, namespace: Namespace | None = None,
-                 pass_fds: Sequence[int] = (), env: dict[str, str] | None = None,
-                 stdin: int = subprocess.DEVNULL) -> None:
+                 pass_fds: Sequence[int] = (), terminal: int | None = None) -> None:
         self.command = list(command)
         tied = [*TIED, *command]
         whole = namespace.command(tied) if namespace else tied
         self._log = tempfile.TemporaryFile(prefix="vdev-log-")  # noqa: SIM115 - lives as long as the child
         # A session of its own: a Ctrl-C at the terminal is the caller's to pass on, in its order.
-        self.popen = subprocess.Popen(whole, stdin=stdin, stdout=self._log, stderr=subprocess.STDOUT,
-                                      pass_fds=pass_fds, env=env, start_new_session=True)
+        self.popen = subprocess.Popen(whole, stdin=subprocess.DEVNULL if terminal is None else terminal,
+                                      stdout=self._log if terminal is None else terminal, stderr=self._log,
+                                      pass_fds=pass_fds, start_new_session=True)
 
     @property
     def pid(self) -> int:

@@ -17,7 +17,11 @@ from ring.guestmem import GuestMemory as DeviceMemory
 from ring.guestmem import Owner
 from ring.pump import Flow, FlowStats, Lane, LaneConfig, LaneEvent, Pump
 from ring.virtqueue import VirtQueue
+from vdev.net.features import Feature, mask
 from vdev.testing.netdriver import NetDriver, NetHeader
+
+# What any driver of today negotiates, offloads left aside.
+USUAL = mask(Feature.VERSION_1, Feature.INDIRECT_DESC, Feature.EVENT_IDX, Feature.MRG_RXBUF)
 
 # Room for every frame a test leaves unread on the wire.
 _SOCKET_BUFFER = 4 << 20
@@ -177,3 +181,17 @@ class PumpedDevice:
         self._port.close()
         for fd in (*self.err_fds, self._report):
             os.close(fd)
+
+
+@contextlib.contextmanager
+def pumped(features: int = USUAL, memory: GuestMemory | None = None,
+           **options: object) -> Iterator[tuple[NetDriver, PumpedDevice]]:
+    """A driver and its pumped device, in memory of their own or in ``memory``, which stays the caller's.
+
+    Options are those of PumpedDevice, and ``size`` and ``buffer_size`` of NetDriver.
+    """
+    of_driver = {name: options.pop(name) for name in ("size", "buffer_size") if name in options}
+    with contextlib.ExitStack() as stack:
+        guest = memory or stack.enter_context(GuestMemory(32 << 20))
+        driver = stack.enter_context(NetDriver(guest, features=features, **of_driver))
+        yield driver, stack.enter_context(PumpedDevice(driver, **options))

@@ -1,0 +1,109 @@
+"""DPDK's virtio-user driver as a second, independent front-end: no virtual machine, no hugepages, no root.
+
+``dpdk-testpmd`` is driven over its prompt. It polls: a run keeps one processor busy.
+"""
+
+import itertools
+import os
+import re
+import shutil
+import socket
+from dataclasses import dataclass
+
+from vdev.testing.console import Console, ConsoleClosed
+from vdev.testing.process import Child, ProcessDied
+
+PROGRAM = "dpdk-testpmd"
+PROMPT = b"testpmd> "
+_runs = itertools.count()
+
+
+def why_no_testpmd() -> str | None:
+    """Why testpmd cannot run here, or None when it can."""
+    if not shutil.which(PROGRAM):
+        return f"no {PROGRAM} on this machine: apt install dpdk"
+    if len(os.sched_getaffinity(0)) < 2:
+        return f"{PROGRAM} needs two processors: one for its prompt, one that polls"
+    return None
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """What testpmd counted for one queue pair: frames, from its point of view."""
+
+    received: int
+    sent: int
+    dropped: int
+
+
+class Testpmd:
+    """A running testpmd on the vhost-user socket ``path``; a context manager.
+
+    mergeable: negotiate MRG_RXBUF. queue_pairs: 1 or more. mode: its forwarding mode, e.g. ``io`` (what comes in
+    goes out) or ``icmpecho`` (answers ARP and pings for any address). The ring is split, not in order.
+    Raises ProcessDied when it does not come to its prompt.
+    """
+
+    __test__ = False  # no test class, whatever pytest thinks of the name
+
+    def __init__(self, path: str, *, mergeable: bool = True, queue_pairs: int = 1, mode: str = "io") -> None:
+        polling, prompt = sorted(os.sched_getaffinity(0))[-2:]
+        device = (f"net_virtio_user0,path={path},queues={queue_pairs},queue_size=256,mrg_rxbuf={int(mergeable)},"
+                  "packed_vq=0,in_order=0")
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # Its answers are buffered apart from its prompt, and would come after it.
+            self.child = Child(["stdbuf", "-oL", PROGRAM, "-l", f"{polling},{prompt}", "--main-lcore", str(prompt), "--no-pci",
+                                "--no-huge", "-m", "256", "--no-telemetry", "--no-shconf",
+                                f"--file-prefix=vdev-{os.getpid()}-{next(_runs)}", f"--vdev={device}", "--",
+                                "-i", "--total-num-mbufs=4096", f"--rxq={queue_pairs}", f"--txq={queue_pairs}",
+                                "--nb-cores=1", f"--forward-mode={mode}"], terminal=theirs.fileno())
+        self._console = Console(ours)
+        try:
+            self._console.wait_for(PROMPT, 30)
+        except ConsoleClosed:
+            self.stop()
+            raise ProcessDied(f"{PROGRAM} gave up:\n{self._console.transcript}{self.child.log()}") from None
+        except BaseException:
+            self.stop()
+            raise
+
+    def command(self, line: str, timeout: float = 20) -> str:
+        """Give a command and return what it prints. Raises ConsoleTimeout when no prompt follows."""
+        self._console.send(line.encode() + b"\n")
+        return self._console.wait_for(PROMPT, timeout).decode(errors="replace")
+
+    def start(self, bursts: int = 0) -> None:
+        """Begin to forward; with ``bursts``, first send so many bursts of 32 frames on each queue."""
+        self.command(f"start tx_first {bursts}" if bursts else "start")
+
+    def received(self) -> int:
+        """Frames that came in since the port was opened."""
+        return int(re.search(r"RX-packets: (\d+)", self.command("show port stats 0"))[1])
+
+    def stop_forwarding(self) -> list[StreamReport]:
+        """End forwarding; the account of each queue pair since :meth:`start`."""
+        said = self.command("stop")
+        counts = r"\s+RX-packets: (\d+)\s+TX-packets: (\d+)\s+TX-dropped: (\d+)"
+        streams = re.findall(r"Queue= ?\d+ -------" + counts, said)
+        if not streams:  # one stream is reported as its port
+            port = r"\s+RX-packets: (\d+)\s+RX-dropped: \d+\s+RX-total: \d+\s+TX-packets: (\d+)\s+TX-dropped: (\d+)"
+            streams = re.findall(r"statistics for port 0  -+" + port, said)
+        return [StreamReport(*map(int, numbers)) for numbers in streams]
+
+    def stop(self) -> int:
+        """End the program in order. Returns its exit status; may be called again."""
+        if self.child.running():
+            try:
+                self._console.send(b"quit\n")
+                self.child.wait(10)
+            except (ConsoleClosed, ProcessDied):
+                self.child.kill()
+        self._console.close()
+        return self.child.stop()
+
+    def __enter__(self) -> "Testpmd":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
