@@ -14,8 +14,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the record."""
-    if config.getoption("--results"):
+    """Refuse to test an extension that is missing or stale, and start the record."""
+    try:
+        import ring.build  # noqa: F401
+    except ImportError as error:
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+    # With pytest-xdist all reports come to the first process, which is no worker.
+    if config.getoption("--results") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Record(Path(config.getoption("--results"))))
 
 

@@ -33,7 +33,7 @@ ONLY_FROM = {
     "pyroute2": {"vdev.ports.link"},
     "scapy": {"vdev.testing.*"},
     "vdev.testing": {"vdev.testing.*", "vdev.demo"},
-    "vdev.demo": {"vdev.cli"},
+    "vdev.demo": {"vdev.verbs"},
     "ring._core": {"ring.build"},
     "ring._driver": {"ring.loadgen"},
     "asyncio": set(),
@@ -60,12 +60,17 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
+def parsed(name: str) -> ast.Module:
+    """The syntax tree of module ``name``."""
+    return ast.parse(modules()[name].read_text(), str(modules()[name]))
+
+
 def imports(name: str) -> Iterator[tuple[str, bool]]:
     """(dotted name imported, whether at module level) for every import in module ``name``, lazy ones too."""
-    path = modules()[name]
-    tree = ast.parse(path.read_text(), str(path))
+    tree = parsed(name)
     top = {id(node) for node in _module_level(tree)}
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    package = name if modules()[name].name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -264,8 +269,8 @@ def test_directions_are_named_from_guest_and_to_guest() -> None:
     """No bare rx or tx in a name: whose receiving would it be?"""
     bare = re.compile(r"(?:^|_)(?:rx|tx)(?:_|\d|$)")
     wrong = []
-    for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
+    for name in modules():
+        for node in ast.walk(parsed(name)):
             words = [getattr(node, field, None) for field in ("id", "arg", "name")]
             wrong += [f"{name}: {word}" for word in words if isinstance(word, str) and bare.search(word)]
     assert not wrong
@@ -274,8 +279,8 @@ def test_directions_are_named_from_guest_and_to_guest() -> None:
 def test_public_things_are_documented() -> None:
     """A module of many like functions may describe them all at once: "Every function is ..."."""
     silent = []
-    for name, path in modules().items():
-        tree = ast.parse(path.read_text())
+    for name in modules():
+        tree = parsed(name)
         about = ast.get_docstring(tree) or ""
         if not about:
             silent.append(name)

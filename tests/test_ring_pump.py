@@ -21,7 +21,7 @@ from ring.loadgen import LoadGenerator, Role
 from ring.pump import LaneEvent
 from vdev.net.features import Feature, mask
 from vdev.testing.netdriver import NEEDS_CSUM, NetDriver, NetHeader, Received
-from vdev.testing.rig import pumped
+from vdev.testing.rig import DeviceSide, pumped
 
 BASE = mask(Feature.VERSION_1, Feature.INDIRECT_DESC, Feature.EVENT_IDX)
 MERGEABLE = BASE | mask(Feature.MRG_RXBUF)
@@ -413,6 +413,34 @@ def test_F20_stopping_in_the_middle_loses_and_repeats_nothing():
         assert device.from_guest.frames > 1000
         assert device.from_guest.dropped == device.to_guest.dropped == {}
         assert arrived.frames == device.to_guest.frames == device.from_guest.frames
+
+
+def test_R59_memory_table_replaced_under_traffic():
+    """The old mapping is gone when the pump goes on: one pointer kept from before would crash here."""
+    with (pumped(loop=True) as (driver, device),
+          LoadGenerator(driver.receiveq, Role.RECEIVE) as sink,
+          LoadGenerator(driver.transmitq, Role.TRANSMIT, batch=3) as source):
+        sink.start()
+        source.start()
+        sides = [device.side]
+        for _ in range(100):
+            sides.append(DeviceSide(driver.memory))
+            device.detach()
+            for flow in (device.config.from_guest, device.config.to_guest):
+                flow.queue.move(sides[-1].memory)
+            device.attach()
+            old = sides[-2]
+            old.memory.close()
+            for mapping in old.mappings:
+                mapping.close()
+        source.stop()
+        device.detach()
+        errors = [generator.stats().errors for generator in (source, sink)]
+        assert errors == [{}, {}] and sink.stats().lost == 0
+        assert device.to_guest.frames > 100
+        for flow in (device.config.from_guest, device.config.to_guest):
+            flow.queue.close()
+        sides[-1].close()
 
 
 def test_lanes_of_one_pump_do_not_starve_each_other():

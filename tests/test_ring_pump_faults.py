@@ -6,6 +6,7 @@ Each test carries the id of its case. The worker goes on, and the other guests i
 import contextlib
 import os
 import resource
+import select
 import threading
 import time
 
@@ -128,6 +129,28 @@ def test_P82_P83_F40_call_descriptor_that_would_block_or_break(kind):
         device.detach()
     for fd in opened:
         os.close(fd)
+
+
+def test_N16_port_that_refuses_every_frame():
+    with select.epoll() as refuses, pumped(to_port=refuses.fileno(), from_port=-1) as (driver, device):
+        for _ in range(20):
+            driver.offer(FRAME)
+        driver.transmitq.submit()
+        assert driver.reclaim_all(10)
+        assert (device.from_guest.frames, device.from_guest.dropped) == (0, {"port": 20})
+        assert device.events(0.02) == LaneEvent(0)
+
+
+def test_N17_port_that_takes_half_a_frame():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with pumped(to_port=writer, from_port=-1) as (driver, device):
+        driver.transmit(bytes(40_000))
+        driver.transmit(bytes(40_000))  # a pipe holds 65 536
+        assert driver.reclaim_all(10)
+        assert (device.from_guest.frames, device.from_guest.dropped) == (1, {"port": 1})
+    os.close(reader)
+    os.close(writer)
 
 
 # ------------------------------------------------------------------------------------ memory that vanishes

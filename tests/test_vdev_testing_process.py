@@ -29,7 +29,8 @@ def test_stop_is_a_sigterm_and_may_be_repeated() -> None:
 
 def test_what_ignores_sigterm_is_killed() -> None:
     ready, childs = os.pipe()
-    with Child(["sh", "-c", f"trap '' TERM; echo >&{childs}; while :; do sleep 60; done"], pass_fds=[childs]) as child:
+    stubborn = f"trap '' TERM; echo >/proc/self/fd/{childs}; while :; do sleep 60; done"
+    with Child(["sh", "-c", stubborn], pass_fds=[childs]) as child:
         os.read(ready, 1)
         assert child.stop(timeout=0.1) == -signal.SIGKILL
     os.close(ready)
@@ -44,7 +45,8 @@ def test_a_failure_is_told_with_the_log() -> None:
 
 
 def test_waiting_is_bounded() -> None:
-    with Child(["sleep", "60"]) as child, pytest.raises(ProcessDied, match=r"no end within 0.05 s: sleep still runs"):
+    complaint = "no end within 0.05 s: sleep still runs"
+    with Child(["sleep", "60"]) as child, pytest.raises(ProcessDied, match=complaint):
         child.wait(0.05)
 
 

@@ -7,6 +7,7 @@ machine's own apt sources, which are read at run time and never written down in 
 
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import shutil
@@ -43,7 +44,7 @@ def locked(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def under_construction(target: Path) -> Iterator[Path]:
-    """A directory to build in, renamed to ``target`` when the block ends well and removed when it does not."""
+    """A directory to build in; it becomes ``target`` when the block ends well and goes when it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     work.chmod(0o755)
@@ -80,7 +81,8 @@ def architecture() -> str:
 
 def _output(command: list[str], timeout: float = 300) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout,
+                              stdin=subprocess.DEVNULL, check=False,
                               env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"})
     except subprocess.TimeoutExpired:
         raise Unavailable(f"{command[0]} gave no answer within {timeout:.0f} s: is the network up?") from None
@@ -91,9 +93,10 @@ def _output(command: list[str], timeout: float = 300) -> str:
 
 
 class Apt:
-    """apt with a choice of state: the machine's (``private=None``) or one of our own in directory ``private``.
+    """apt with the machine's state, or with one of our own in directory ``private``, whose lists are fetched.
 
     sources: text of a deb822 sources file that replaces the machine's; only with a private state.
+    All methods raise Unavailable.
     """
 
     def __init__(self, private: Path | None = None, sources: str | None = None) -> None:
@@ -141,18 +144,21 @@ class Apt:
                 _output(["dpkg-deb", "-x", str(archive), str(into)])
 
 
+@functools.cache
+def fresh_apt() -> Apt:
+    """An apt with the machine's sources and fresh lists of its own, made once a run."""
+    say("reading fresh package lists (this machine's are absent or old; nothing is installed)")
+    return Apt(cache_root() / "apt/machine")
+
+
 def apt_knowing(package: str) -> Apt:
     """An apt whose lists know ``package``: the machine's where they do, else a fresh private one.
 
     Raises Unavailable when neither does.
     """
-    apt = Apt()
-    if apt.candidate(package):
-        return apt
-    say(f"this machine's package lists do not know {package}: reading fresh ones (nothing is installed)")
-    apt = Apt(cache_root() / "apt/machine")
-    if apt.candidate(package):
-        return apt
+    for apt in (Apt, fresh_apt):
+        if apt().candidate(package):
+            return apt()
     raise Unavailable(f"no package {package} in this machine's apt sources")
 
 
@@ -162,7 +168,7 @@ def unpack_fresh(packages: list[str], into: Path) -> None:
     try:
         apt.unpack(packages, into)
     except Unavailable:
-        Apt(cache_root() / "apt/machine").unpack(packages, into)
+        fresh_apt().unpack(packages, into)
 
 
 def _stanzas() -> Iterator[dict[str, str]]:
@@ -204,7 +210,8 @@ def sources_with(codename: str, suite: str) -> str:
     """
     for fields in _stanzas():
         enabled = fields.get("Enabled", "yes").strip().lower() not in ("no", "false")
-        if enabled and codename in fields["Suites"].split() and "main" in fields.get("Components", "").split():
+        components = fields.get("Components", "").split()
+        if enabled and codename in fields["Suites"].split() and "main" in components:
             chosen = {**fields, "Types": "deb", "Suites": f"{codename} {suite}", "Components": "main"}
             return "".join(f"{name}: {value}\n" for name, value in chosen.items())
     raise Unavailable(f"no apt source of this machine serves {codename} main")

@@ -9,6 +9,7 @@ import contextlib
 import socket
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 
 from vdev import traffic
@@ -29,14 +30,16 @@ EPILOG = """\
 example:
   vdev demo --qemu /usr/bin/qemu-system-x86_64
 
-Needs QEMU and its boot ROMs (Debian: qemu-system-x86 and ipxe-qemu). Exit status: 0 if every ping was answered.
+Needs QEMU and its boot ROMs (Debian: qemu-system-x86 and ipxe-qemu).
+Exit status: 0 if every ping was answered.
 """
 
 
 def run_demo(arguments: Sequence[str], prog: str) -> None:
     """Run the verb with its command line ``arguments``. Raises Misuse, and Failure when a ping is lost."""
-    parser = Parser(prog, "Watch a guest get an address from vdev and answer its pings: no root, no image.", EPILOG)
-    parser.add_argument("--qemu", metavar="BINARY", help="the QEMU to use (default: qemu-system-x86_64 on PATH)")
+    about = "Watch a guest get an address from vdev and answer its pings: no root, no image."
+    parser = Parser(prog, about, EPILOG)
+    parser.add_argument("--qemu", metavar="BINARY", help="the QEMU to use (default: the one on PATH)")
     parser.add_argument("--pings", default=str(PINGS), metavar="N", help=f"how many (default {PINGS})")
     options = parser.parse_args(list(arguments))
     if not options.pings.isdecimal() or not 1 <= int(options.pings[:6]) <= 10_000:
@@ -55,43 +58,48 @@ def say(text: str) -> None:
 
 
 def _play(binary: str | None, pings: int) -> None:
-    program = find_program(binary or "qemu-system-x86_64")
+    program = find_program(binary)
     with contextlib.ExitStack() as stage:
         folder = stage.enter_context(tempfile.TemporaryDirectory(prefix="vdev-demo-"))
         orders, pinger_orders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stage.enter_context(orders)
         path = f"{folder}/vm.sock"
 
-        say(f"vdev: a virtio-net device listens on {path}. Its port is the responder, a network of one host\n"
-            "      inside vdev that speaks ARP, DHCP and ping. Nobody needs root for it.")
+        say(f"vdev:  a virtio-net device listens on {path}.\n"
+            "       Its port is the responder, a network of one host inside vdev: ARP, DHCP and ping.\n"
+            "       None of this needs root.")
         with pinger_orders:
+            inherited = pinger_orders.fileno()
             daemon = stage.enter_context(Daemon(
                 ["--socket-path", path, "--port", "responder"], privileged=False,
-                program=["-m", pinger.MODULE, str(pinger_orders.fileno())], pass_fds=[pinger_orders.fileno()]))
+                program=["-m", pinger.MODULE, str(inherited)], pass_fds=[inherited]))
 
         network = qemu_args(path, memory="128M", qemu=program.binary)
-        say(f"\nQEMU: {program.binary} {'.'.join(map(str, program.version))} starts with what `vdev qemu-args` prints:\n")
-        say("      " + format_shell(network).replace("\n", "\n      "))
+        say(f"\nQEMU:  {program.binary} ({program}) gets the options that `vdev qemu-args` prints:\n")
+        say(textwrap.indent(format_shell(network), "       "))
         guest = stage.enter_context(IpxeGuest(program, network))
-        say("\nGuest: iPXE, the network boot ROM of QEMU's virtio card. It has no disk and no image, but a virtio-net\n"
-            "       driver of its own. It is at its prompt, and we type: dhcp net0")
+        say("\nGuest: iPXE, the network boot ROM of QEMU's virtio card. It has no disk and no image, but a\n"
+            "       virtio-net driver of its own. It is at its prompt, and we type: dhcp net0")
         address = guest.dhcp()
         say(f"       vdev gave it the address {address}.\n")
 
         times = []
         for sequence in range(pings):
             seconds = pinger.ping(orders, address, sequence)
-            say(f"ping {address}: " + (f"answered in {seconds * 1000:.1f} ms" if seconds is not None else "NO ANSWER"))
-            if seconds is not None:
-                times.append(seconds * 1000)
+            if seconds is None:
+                say(f"ping {address}: NO ANSWER")
+                continue
+            times.append(seconds * 1000)
+            say(f"ping {address}: answered in {times[-1]:.1f} ms")
         guest.stop()
         daemon.stop()
         (driver,), (end,) = daemon.events("driver")[-1:], daemon.events("session-end")
     say(f"\nfeatures negotiated: {' '.join(driver['features'])}")
     say(traffic.sentence({way: end[way] for way in ("from_guest", "to_guest")}))
     if times:
-        say(f"round trip: {min(times):.1f} / {sum(times) / len(times):.1f} / {max(times):.1f} ms (least / average / most);"
-            "\n            iPXE at its prompt looks at the network between two looks at the keyboard")
+        average = sum(times) / len(times)
+        say(f"round trip: {min(times):.1f} / {average:.1f} / {max(times):.1f} ms (least / average / most); "
+            "iPXE looks at\n            its network only between two looks at its keyboard")
     if len(times) < pings:
         raise Failure(f"{pings - len(times)} of {pings} pings were not answered")
     say(f"{pings} pings, {pings} answers.")

@@ -17,21 +17,29 @@ from vdev.testing.qemu import QemuProgram, find_program
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TOOL_SECONDS = 600  # the first time, a download of some 30 MB
+# For one test with its fixtures: the first one waits for both tools.
+TEST_SECONDS = 2 * TOOL_SECONDS + 120
 
 
-def _made_by(tool: str) -> dict:
-    """What a program of tools/ prints; the test is skipped with its reason when it cannot do its work."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Guests are slow, and what they are made of may have to be fetched: the usual limit is not for them."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+
+
+def _made_by(tool: str) -> str:
+    """What a program of tools/ prints; skips with its reason when it cannot do its work."""
     done = subprocess.run([TOOLS / tool], capture_output=True, text=True, timeout=TOOL_SECONDS, check=False)
     if done.returncode:
         pytest.skip(done.stderr.strip().splitlines()[-1])
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 @pytest.fixture(scope="session")
 def image() -> Image:
     """The Linux guest's kernel and initramfs."""
-    made = _made_by("guest-image")
-    return Image(Path(made["kernel"]), Path(made["initrd"]), made["version"])
+    return Image.parse(_made_by("guest-image"))
 
 
 @pytest.fixture(scope="session", params=["distribution", "backport"])
@@ -40,7 +48,7 @@ def qemu(request: pytest.FixtureRequest) -> QemuProgram:
     try:
         if request.param == "distribution":
             return find_program()
-        return find_program(_made_by("qemu-backport")["binary"])
+        return find_program(json.loads(_made_by("qemu-backport"))["binary"])
     except QemuError as reason:
         pytest.skip(str(reason))
 

@@ -37,7 +37,8 @@ class Bench:
 def bench(qemu: QemuProgram, image: Image, tap_possible: None) -> Iterator[Bench]:
     with tempfile.TemporaryDirectory(prefix="vdev-") as folder, Namespace() as lan:
         socket = f"{folder}/socket"
-        arguments = ["--socket-path", socket, "--queue-pairs", "2", "--port", f"tap:{TAP},ip={HOST}/24,ip={HOST6}/64"]
+        arguments = ["--socket-path", socket, "--queue-pairs", "2",
+                     "--port", f"tap:{TAP},ip={HOST}/24,ip={HOST6}/64"]
         network = qemu_args(socket, memory="256M", queue_pairs=2, qemu=qemu.binary)
         with Daemon(arguments, namespace=lan) as daemon, LinuxGuest(qemu, image, network, cpus=2) as guest:
             guest.set_address(f"{GUEST}/24", f"{GUEST6}/64")

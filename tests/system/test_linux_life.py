@@ -15,6 +15,11 @@ from vdev.testing.process import Child
 HOST, GUEST, NEIGHBOUR = "10.12.0.1", "10.12.0.2", "10.12.0.3"
 
 
+def _on_tap(socket_path: Path, tap: str) -> list[str]:
+    """vdev's options for one device on a new TAP that has the host's address."""
+    return ["--socket-path", str(socket_path), "--port", f"tap:{tap},ip={HOST}/24"]
+
+
 def _back(guest: LinuxGuest, lan: Namespace) -> None:
     """The guest, fresh from a boot, has its network in both directions."""
     guest.set_address(f"{GUEST}/24")
@@ -22,9 +27,9 @@ def _back(guest: LinuxGuest, lan: Namespace) -> None:
     assert ping_from_host(lan, GUEST, 20).lost == 0
 
 
-def test_network_is_back_after_each_of_two_reboots(lan, start_daemon, start_guest, socket_folder: Path) -> None:
+def test_network_is_back_after_two_reboots(lan, start_daemon, start_guest, socket_folder: Path) -> None:
     socket_path = socket_folder / "reboot"
-    daemon = start_daemon(["--socket-path", str(socket_path), "--port", f"tap:vdev-reboot,ip={HOST}/24"], namespace=lan)
+    daemon = start_daemon(_on_tap(socket_path, "vdev-reboot"), namespace=lan)
     guest = start_guest(socket_path)
     _back(guest, lan)
     guest.reboot()
@@ -38,9 +43,9 @@ def test_network_is_back_after_each_of_two_reboots(lan, start_daemon, start_gues
     assert (len(daemon.events("connect")), len(daemon.events("session-end"))) == (1, 1)
 
 
-def test_a_killed_front_end_is_followed_by_another(lan, start_daemon, start_guest, socket_folder: Path) -> None:
+def test_another_front_end_follows_a_killed_one(lan, start_daemon, start_guest, socket_folder: Path) -> None:
     socket_path = socket_folder / "kill"
-    daemon = start_daemon(["--socket-path", str(socket_path), "--port", f"tap:vdev-kill,ip={HOST}/24"], namespace=lan)
+    daemon = start_daemon(_on_tap(socket_path, "vdev-kill"), namespace=lan)
     for _ in range(2):
         guest = start_guest(socket_path)
         _back(guest, lan)
@@ -54,7 +59,7 @@ def test_a_killed_front_end_is_followed_by_another(lan, start_daemon, start_gues
     assert (len(daemon.events("connect")), len(daemon.events("session-end"))) == (2, 2)
 
 
-def test_two_guests_of_one_daemon_ping_each_other(lan, start_daemon, start_guest, socket_folder: Path) -> None:
+def test_two_guests_on_a_bridge_ping_each_other(lan, start_daemon, start_guest, socket_folder: Path) -> None:
     lan.run(["ip", "link", "add", "bridge0", "type", "bridge"])
     lan.run(["ip", "link", "set", "bridge0", "up"])
     sockets = [socket_folder / name for name in ("one", "two")]
@@ -93,11 +98,10 @@ def _datagrams(guest: LinuxGuest) -> int:
     return udp["InDatagrams"] + udp["NoPorts"]
 
 
-def test_no_flow_is_steered_to_a_queue_that_is_off(lan, start_daemon, start_guest, socket_folder: Path) -> None:
+def test_no_flow_is_steered_to_an_idle_queue(lan, start_daemon, start_guest, socket_folder: Path) -> None:
     """Four pairs negotiated, one enabled: the host's kernel must not spread flows over the other three."""
     socket_path = socket_folder / "flows"
-    daemon = start_daemon(["--socket-path", str(socket_path), "--queue-pairs", "4",
-                           "--port", f"tap:vdev-flows,ip={HOST}/24"], namespace=lan)
+    daemon = start_daemon([*_on_tap(socket_path, "vdev-flows"), "--queue-pairs", "4"], namespace=lan)
     guest = start_guest(socket_path, queue_pairs=4, cpus=1)
     current = guest.check("ethtool -l eth0").split("Current hardware settings")[1]
     assert "Combined:\t1" in current
@@ -118,7 +122,8 @@ def test_a_bare_listening_fd_is_enough(lan, start_guest, socket_folder: Path) ->
 
 
 def test_a_bare_connected_fd_is_enough(lan, start_guest, socket_folder: Path) -> None:
-    # QEMU does not come up before somebody answers: the daemon is started once it has connected.
+    # QEMU does not come up before somebody answers, so the daemon is started beside it once it has connected.
+    # A child ends with the thread that started it: the pool has to live as long.
     with _listen(socket_folder / "fd") as server, ThreadPoolExecutor(1) as waiter:
         server.settimeout(30)
         accepted = waiter.submit(lambda: _bare(server.accept()[0], lan))
@@ -138,7 +143,8 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _bare(given: socket.socket, lan: Namespace) -> Child:
-    return Child([sys.executable, "-m", "vdev", "--fd", str(given.fileno())], namespace=lan, pass_fds=[given.fileno()])
+    command = [sys.executable, "-m", "vdev", "--fd", str(given.fileno())]
+    return Child(command, namespace=lan, pass_fds=[given.fileno()])
 
 
 def _serves_on_a_tap_of_its_own(guest: LinuxGuest, lan: Namespace) -> None:

@@ -7,18 +7,19 @@ import sys
 from collections.abc import Sequence
 
 from vdev.testing.netns import Namespace
-from vdev.testing.process import Child, ProcessDied
+from vdev.testing.process import TIED, Child, ProcessDied
 
 READY_SECONDS = 10
 
 # As root, what a plain user is: no capability now and none to be had from an executed file.
-WITHOUT_CAPABILITIES = ("setpriv", "--no-new-privs", "--securebits=+noroot", "--inh-caps=-all", "--bounding-set=-all",
-                        "--")
+WITHOUT_CAPABILITIES = ("setpriv", "--no-new-privs", "--securebits=+noroot", "--inh-caps=-all",
+                        "--bounding-set=-all", "--")
 
 
 def as_plain_user(command: Sequence[str]) -> list[str]:
     """``command`` as a user without privileges runs it: root's capabilities are dropped, if it is root."""
-    return [*WITHOUT_CAPABILITIES, *command] if os.geteuid() == 0 else list(command)
+    # Tied again: the kernel forgets the wish to end with the parent when capabilities change.
+    return [*WITHOUT_CAPABILITIES, *TIED, *command] if os.geteuid() == 0 else list(command)
 
 
 class Daemon:
@@ -30,11 +31,13 @@ class Daemon:
     Raises ProcessDied with the daemon's own words when it does not start.
     """
 
-    def __init__(self, arguments: Sequence[str], *, namespace: Namespace | None = None, privileged: bool = True,
-                 pass_fds: Sequence[int] = (), program: Sequence[str] = ("-m", "vdev", "run")) -> None:
+    def __init__(self, arguments: Sequence[str], *, namespace: Namespace | None = None,
+                 privileged: bool = True, pass_fds: Sequence[int] = (),
+                 program: Sequence[str] = ("-m", "vdev", "run")) -> None:
         ready, daemon_ready = os.pipe()
         try:
-            command = [sys.executable, *program, *arguments, "--log-format", "json", "--ready-fd", str(daemon_ready)]
+            command = [sys.executable, *program, *arguments, "--log-format", "json",
+                       "--ready-fd", str(daemon_ready)]
             self.child = Child(command if privileged else as_plain_user(command), namespace=namespace,
                                pass_fds=[daemon_ready, *pass_fds])
             os.close(daemon_ready)

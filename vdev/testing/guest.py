@@ -5,7 +5,7 @@ other. Several guests may run at once.
 """
 
 import itertools
-import signal
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ BOOT_SECONDS = 60
 # The guest's terminal takes 4096 bytes at a time (n_tty); an overlong command would be cut silently.
 COMMAND_MAX = 2000
 
-KERNEL_OPTIONS = ("console=ttyS0 quiet loglevel=1 panic=-1 reboot=t tsc=reliable no_timer_check nokaslr mitigations=off "
-                  "net.ifnames=0 random.trust_cpu=on cryptomgr.notests")
+KERNEL_OPTIONS = ("console=ttyS0 quiet loglevel=1 panic=-1 reboot=t tsc=reliable no_timer_check nokaslr "
+                  "mitigations=off net.ifnames=0 random.trust_cpu=on cryptomgr.notests")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ class Image:
     kernel: Path
     initrd: Path
     version: str
+
+    @classmethod
+    def parse(cls, printed: str) -> "Image":
+        """From that program's output."""
+        fields = json.loads(printed)
+        return cls(Path(fields["kernel"]), Path(fields["initrd"]), fields["version"])
 
 
 @dataclass(frozen=True)
@@ -49,17 +55,16 @@ class LinuxGuest:
 
     program: which QEMU. image: what it boots. network: QEMU options, -m included (``vdev.qemu.qemu_args`` or
     ``vdev.testing.qemu.tap_args``). cpus: virtual processors. namespace: where QEMU itself runs.
-    pass_fds: descriptors it inherits.
     """
 
     def __init__(self, program: QemuProgram, image: Image, network: Sequence[str], *, cpus: int = 1,
-                 namespace: Namespace | None = None, pass_fds: Sequence[int] = ()) -> None:
+                 namespace: Namespace | None = None) -> None:
         self._tokens = itertools.count(1)
         self.qemu = Qemu(program, ["-kernel", str(image.kernel), "-initrd", str(image.initrd),
                                    "-append", KERNEL_OPTIONS, "-smp", str(cpus),
                                    # No option ROM: this guest does not boot from the network.
                                    "-global", "virtio-net-pci.romfile=", *network],
-                         namespace=namespace, pass_fds=pass_fds)
+                         namespace=namespace)
         self.console = Console(self.qemu.serial)
         try:
             self.wait_until_up()
@@ -81,7 +86,8 @@ class LinuxGuest:
         """Run one line of shell in the guest.
 
         The guest itself ends it after ``timeout`` seconds (status 143). Raises ProcessDied when QEMU has
-        ended, ConsoleTimeout when the guest no longer answers, ValueError for a line the console cannot carry.
+        ended, ConsoleTimeout when the guest no longer answers, ValueError for a line the console cannot
+        carry.
         """
         if "\n" in command or len(command) > COMMAND_MAX:
             raise ValueError(f"a guest command is one line of at most {COMMAND_MAX} characters")
@@ -98,7 +104,8 @@ class LinuxGuest:
         """Like :meth:`run`, but returns the output and raises GuestError when the command fails."""
         result = self.run(command, timeout)
         if result.status:
-            raise GuestError(f"guest command {command!r} failed with status {result.status}:\n{result.output}")
+            raise GuestError(f"guest command {command!r} failed with status {result.status}:\n"
+                             f"{result.output}")
         return result.output
 
     def set_address(self, *addresses: str, interface: str = "eth0") -> None:
@@ -123,10 +130,6 @@ class LinuxGuest:
         status = self.qemu.kill()
         self.console.close()
         return status
-
-    def freeze(self, frozen: bool) -> None:
-        """Stop (or continue) QEMU as a whole, the front-end included, with a signal."""
-        self.qemu.child.signal(signal.SIGSTOP if frozen else signal.SIGCONT)
 
     def __enter__(self) -> "LinuxGuest":
         return self

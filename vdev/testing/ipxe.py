@@ -26,11 +26,12 @@ class IpxeGuest:
     namespace: where QEMU runs. Emulated always: under nested virtualisation this ROM may not start.
     """
 
-    def __init__(self, program: QemuProgram, network: Sequence[str], *, namespace: Namespace | None = None) -> None:
+    def __init__(self, program: QemuProgram, network: Sequence[str], *,
+                 namespace: Namespace | None = None) -> None:
         self.qemu = Qemu(program, ["-boot", "n", *network], namespace=namespace, accel="tcg")
         self.console = Console(self.qemu.serial)
         try:
-            # Asked for already while the firmware starts, but a key is heard reliably only at the second time.
+            # The firmware asks already while it starts, but only this second time is a key surely heard.
             self.console.wait_for(b"for the iPXE command line...", 30)
             self.console.send(CTRL_B)
             self.console.wait_for(PROMPT, 30)
@@ -60,7 +61,8 @@ class IpxeGuest:
 
     def statistics(self) -> dict[str, int]:
         """iPXE's own counters of net0: frames sent and received, and errors (TX, TXE, RX, RXE)."""
-        return {name: int(value) for name, value in re.findall(r"(TXE?|RXE?):(\d+)", self.command("ifstat net0"))}
+        counts = re.findall(r"(TXE?|RXE?):(\d+)", self.command("ifstat net0"))
+        return {name: int(count) for name, count in counts}
 
     def stop(self) -> int:
         """Switch the machine off. Returns QEMU's exit status; may be called again."""

@@ -49,13 +49,15 @@ def parse_ping(text: str) -> PingReport:
 def ping_from_guest(guest: LinuxGuest, address: str, count: int, interval: float = 0.01,
                     size: int = 56) -> PingReport:
     """Ping ``address`` from inside the guest."""
-    return parse_ping(guest.run(ping_command(address, count, interval, size), 30 + 2 * count * interval).output)
+    result = guest.run(ping_command(address, count, interval, size), 30 + 2 * count * interval)
+    return parse_ping(result.output)
 
 
 def ping_from_host(namespace: Namespace, address: str, count: int, interval: float = 0.01,
                    size: int = 56) -> PingReport:
     """Ping ``address`` from inside ``namespace``."""
-    done = namespace.run(ping_command(address, count, interval, size).split(), 30 + 2 * count * interval, check=False)
+    command = ping_command(address, count, interval, size).split()
+    done = namespace.run(command, 30 + 2 * count * interval, check=False)
     return parse_ping(done.stdout + done.stderr)
 
 

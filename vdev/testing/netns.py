@@ -41,7 +41,8 @@ class Namespace:
         """``command`` as it must be started from outside to run in here."""
         return [*self._prefix, *command]
 
-    def run(self, command: Sequence[str], timeout: float = 30, check: bool = True) -> subprocess.CompletedProcess:
+    def run(self, command: Sequence[str], timeout: float = 30,
+            check: bool = True) -> subprocess.CompletedProcess:
         """Run a command to its end; output as text. With ``check`` a failure raises NamespaceError."""
         try:
             done = subprocess.run(self.command(command), capture_output=True, text=True, timeout=timeout,

@@ -14,8 +14,8 @@ class ProcessDied(RuntimeError):
     """A child ended, or did not do what was asked in time. The text ends with the last lines of its log."""
 
 
-# The kernel ends the child when its parent dies, however that dies. In a user namespace only a setting
-# made inside it survives, which is why this wraps the command and not the whole line.
+# The kernel ends the child when its parent dies, however that dies. Entering a user namespace or changing
+# capabilities undoes it, which is why this goes right before the command.
 TIED = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
@@ -56,13 +56,16 @@ class Child:
 
     def died(self, what: str) -> ProcessDied:
         """The error to raise when the child failed at ``what``."""
+        # It has often just closed what it was heard through, and is about to end.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(0.5)
         status = self.popen.poll()
         state = "still runs" if status is None else f"ended with status {status}"
         tail = "\n".join(self.log().strip().splitlines()[-15:])
         return ProcessDied(f"{what}: {self.command[0]} {state}" + (f"\n{tail}" if tail else ""))
 
     def wait(self, timeout: float) -> int:
-        """Its exit status (negative: a signal). Raises ProcessDied when it still runs after ``timeout`` seconds."""
+        """Its exit status (negative: a signal). Raises ProcessDied if it runs on for ``timeout`` seconds."""
         try:
             return self.popen.wait(timeout)
         except subprocess.TimeoutExpired:

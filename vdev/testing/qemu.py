@@ -11,12 +11,14 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vdev.qemu import find_qemu, qemu_version
 from vdev.testing.netns import Namespace
 from vdev.testing.process import Child
+
+START_SECONDS = 20
 
 
 class QmpError(RuntimeError):
@@ -54,14 +56,13 @@ def tap_args(interface: str, memory: str = "256M", queue_pairs: int = 1, mac: st
 
     Same shape as ``vdev.qemu.qemu_args``: guest memory, netdev and device.
     """
+    netdev = f"tap,id=net0,ifname={interface},script=no,downscript=no,vhost=off,queues={queue_pairs}"
     device = f"virtio-net-pci,netdev=net0,ctrl_guest_offloads=off,mq=on,vectors={2 * queue_pairs + 2}"
-    return ["-m", memory,
-            "-netdev", f"tap,id=net0,ifname={interface},script=no,downscript=no,vhost=off,queues={queue_pairs}",
-            "-device", device + (f",mac={mac}" if mac else "")]
+    return ["-m", memory, "-netdev", netdev, "-device", device + (f",mac={mac}" if mac else "")]
 
 
 class Qmp:
-    """QEMU's machine protocol over a connected socket: commands and their answers, events kept in order.
+    """QEMU's machine protocol over a connected socket: commands and their answers. Events are passed over.
 
     Source: QEMU, docs/interop/qmp-spec.
     """
@@ -69,7 +70,6 @@ class Qmp:
     def __init__(self, stream: socket.socket) -> None:
         self._stream = stream
         self._buffer = b""
-        self._events: list[dict] = []
 
     def greet(self, timeout: float) -> None:
         """Take the greeting and leave capabilities negotiation. Raises QmpError."""
@@ -90,15 +90,6 @@ class Qmp:
                 return answer["return"]
             if "error" in answer:
                 raise QmpError(f"{command}: {answer['error']['desc']}")
-            self._events.append(answer)
-
-    def wait_event(self, name: str, timeout: float) -> dict:
-        """The next event ``name``, also one that came during a command; those before it are forgotten."""
-        deadline = time.monotonic() + timeout
-        while True:
-            event = self._events.pop(0) if self._events else self._receive(deadline, name)
-            if event.get("event") == name:
-                return event
 
     def _receive(self, deadline: float, what: str = "greeting") -> dict:
         poll = select.poll()
@@ -126,32 +117,31 @@ class Qemu:
 
     program: which QEMU. options: everything that makes the machine, -m included. namespace: where it runs.
     qmp: the control channel. serial: our end of ttyS0, a connected socket whose owner the caller becomes.
-    accel: ``tcg`` or ``kvm``; ``accelerator()`` when None. pass_fds: more descriptors it inherits.
+    accel: ``tcg`` or ``kvm``; ``accelerator()`` when None. Raises ProcessDied when it does not start.
     """
 
     def __init__(self, program: QemuProgram, options: Sequence[str], *, namespace: Namespace | None = None,
-                 accel: str | None = None, pass_fds: Sequence[int] = ()) -> None:
+                 accel: str | None = None) -> None:
         qmp, qemu_qmp = socket.socketpair()
         self.serial, qemu_serial = socket.socketpair()
         with qemu_qmp, qemu_serial:
-            command = [program.binary, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "graphics=off",
-                       "-accel", accel or accelerator(),
-                       "-chardev", f"socket,id=qmp,fd={qemu_qmp.fileno()}", "-mon", "chardev=qmp,mode=control",
-                       "-chardev", f"socket,id=console,fd={qemu_serial.fileno()}", "-serial", "chardev:console",
-                       *options]
+            command = [program.binary, "-nodefaults", "-no-user-config", "-display", "none",
+                       "-machine", "graphics=off", "-accel", accel or accelerator(),
+                       "-chardev", f"socket,id=qmp,fd={qemu_qmp.fileno()}",
+                       "-mon", "chardev=qmp,mode=control",
+                       "-chardev", f"socket,id=console,fd={qemu_serial.fileno()}",
+                       "-serial", "chardev:console", *options]
             self.child = Child(command, namespace=namespace,
-                               pass_fds=[qemu_qmp.fileno(), qemu_serial.fileno(), *pass_fds])
+                               pass_fds=[qemu_qmp.fileno(), qemu_serial.fileno()])
         self.qmp = Qmp(qmp)
-        # QEMU answers only when its devices are made, and a vhost-user device waits for its back-end.
-        self._unless_dead("start", lambda: self.qmp.greet(20))
-
-    def _unless_dead(self, what: str, action: Callable[[], object]) -> object:
         try:
-            return action()
+            # QEMU answers only when its devices are made, and a vhost-user device waits for its back-end.
+            self.qmp.greet(START_SECONDS)
         except QmpError as error:
-            log = self.child.died(f"{what}: {error}")
+            failure = self.child.died(f"QEMU did not start ({error})")
             self.kill()
-            raise log from None
+            self.serial.close()
+            raise failure from None
 
     def monitor(self, line: str) -> str:
         """Run a line of the human monitor and return what it prints."""

@@ -39,8 +39,8 @@ class StreamReport:
 class Testpmd:
     """A running testpmd on the vhost-user socket ``path``; a context manager.
 
-    mergeable: negotiate MRG_RXBUF. queue_pairs: 1 or more. mode: its forwarding mode, e.g. ``io`` (what comes in
-    goes out) or ``icmpecho`` (answers ARP and pings for any address). The ring is split, not in order.
+    mergeable: negotiate MRG_RXBUF. queue_pairs: 1 or more. mode: its forwarding mode, e.g. ``io`` (what comes
+    in goes out) or ``icmpecho`` (answers ARP and pings for any address). The ring is split, not in order.
     Raises ProcessDied when it does not come to its prompt.
     """
 
@@ -48,16 +48,16 @@ class Testpmd:
 
     def __init__(self, path: str, *, mergeable: bool = True, queue_pairs: int = 1, mode: str = "io") -> None:
         polling, prompt = sorted(os.sched_getaffinity(0))[-2:]
-        device = (f"net_virtio_user0,path={path},queues={queue_pairs},queue_size=256,mrg_rxbuf={int(mergeable)},"
-                  "packed_vq=0,in_order=0")
+        device = (f"net_virtio_user0,path={path},queues={queue_pairs},queue_size=256,"
+                  f"mrg_rxbuf={int(mergeable)},packed_vq=0,in_order=0")
+        command = [PROGRAM, "-l", f"{polling},{prompt}", "--main-lcore", str(prompt), "--no-pci", "--no-huge",
+                   "-m", "256", "--no-telemetry", "--no-shconf", f"--vdev={device}",
+                   f"--file-prefix=vdev-{os.getpid()}-{next(_runs)}", "--", "-i", "--total-num-mbufs=4096",
+                   f"--rxq={queue_pairs}", f"--txq={queue_pairs}", "--nb-cores=1", f"--forward-mode={mode}"]
         ours, theirs = socket.socketpair()
         with theirs:
             # Its answers are buffered apart from its prompt, and would come after it.
-            self.child = Child(["stdbuf", "-oL", PROGRAM, "-l", f"{polling},{prompt}", "--main-lcore", str(prompt), "--no-pci",
-                                "--no-huge", "-m", "256", "--no-telemetry", "--no-shconf",
-                                f"--file-prefix=vdev-{os.getpid()}-{next(_runs)}", f"--vdev={device}", "--",
-                                "-i", "--total-num-mbufs=4096", f"--rxq={queue_pairs}", f"--txq={queue_pairs}",
-                                "--nb-cores=1", f"--forward-mode={mode}"], terminal=theirs.fileno())
+            self.child = Child(["stdbuf", "-oL", *command], terminal=theirs.fileno())
         self._console = Console(ours)
         try:
             self._console.wait_for(PROMPT, 30)
@@ -87,8 +87,8 @@ class Testpmd:
         counts = r"\s+RX-packets: (\d+)\s+TX-packets: (\d+)\s+TX-dropped: (\d+)"
         streams = re.findall(r"Queue= ?\d+ -------" + counts, said)
         if not streams:  # one stream is reported as its port
-            port = r"\s+RX-packets: (\d+)\s+RX-dropped: \d+\s+RX-total: \d+\s+TX-packets: (\d+)\s+TX-dropped: (\d+)"
-            streams = re.findall(r"statistics for port 0  -+" + port, said)
+            counts = r"\s+RX-packets: (\d+) .*\s+TX-packets: (\d+)\s+TX-dropped: (\d+)"
+            streams = re.findall(r"statistics for port 0  -+" + counts, said)
         return [StreamReport(*map(int, numbers)) for numbers in streams]
 
     def stop(self) -> int:
