@@ -207,6 +207,7 @@ class SplitRing:
                  used: int | None, base: int) -> None:
         self.memory = memory
         self.size = size
+        self.base = base
         self.layout = SplitLayout(size)
         self.event_idx = bool(features >> EVENT_IDX & 1)
         self._allocated: list[int] = []
@@ -306,6 +307,7 @@ class SplitRing:
             self.avail.flags = AVAIL_F_NO_INTERRUPT
 
     def close(self) -> None:
+        """Free the parts allocated here. Idempotent."""
         for gpa in self._allocated:
             self.memory.free(gpa)
         self._allocated.clear()

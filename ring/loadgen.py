@@ -86,7 +86,7 @@ class LoadGenerator:
         self._lent = []
         ring, layout = queue.ring, queue.ring.layout
         config = ffi.new("struct driver_config *", {
-            "role": role, "size": ring.size, "base": ring.next_avail, "features": queue.features,
+            "role": role, "size": ring.size, "base": ring.base, "features": queue.features,
             "kick": queue.kick_fd, "call": queue.call_fd, "frames": frames, "frame_bytes": frame_bytes,
             "batch": batch, "pieces": pieces, "indirect": indirect, "busy_poll": busy_poll, "full": full,
             "stall_ms": stall_ms, "header": header, "prefix": prefix, "prefix_bytes": len(prefix)})

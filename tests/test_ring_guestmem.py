@@ -201,7 +201,7 @@ NEAR = st.integers(0, 0xC000)
 
 @given(gpa=st.one_of(NEAR, st.sampled_from([(1 << 64) - 1, (1 << 64) - 0x1000])),
        length=st.one_of(st.integers(0, 0x9000), st.sampled_from([1 << 32, (1 << 64) - 1])))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_translation_is_by_range(gpa, length):
     """Against a model that walks byte by byte, in pages: a range is in guest memory or it is not."""
     with GuestMemory(extents=LAYOUT) as memory, DeviceSide(memory) as side:
@@ -226,7 +226,7 @@ def test_pieces_are_bounded():
 
 
 @given(uva=st.integers(0, 0x30000), length=st.integers(0, 0x5000))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_uva_must_lie_in_one_region(uva, length):
     with GuestMemory(extents=LAYOUT) as memory, DeviceSide(memory) as side:
         found = lib.guestmem_uva(side.memory.handle, uva, length)

@@ -214,19 +214,19 @@ def test_P71_ring_parts_at_one_address(desc, avail, used):
 
 # Three regions of this length: rings and the indirect table lie in the last one, behind a hole, where no buffer
 # points; or a chain could legally rewrite the next one, and nobody could tell what may be written.
-PAGES = 1 << 16
+SPAN = 1 << 13
 START = 0x10000
-HOLE = START + 2 * PAGES
-RINGS = START + 3 * PAGES
-REGIONS = [Extent(RINGS, PAGES, uva=1 << 42), Extent(START, PAGES, uva=1 << 40),
-           Extent(START + PAGES, PAGES, uva=1 << 41)]
+HOLE = START + 2 * SPAN
+RINGS = START + 3 * SPAN
+REGIONS = [Extent(RINGS, SPAN, uva=1 << 42), Extent(START, SPAN, uva=1 << 40),
+           Extent(START + SPAN, SPAN, uva=1 << 41)]
 TABLE_ENTRIES = 12
 
 # Numbers that are in range often enough to get somewhere.
 INDEX = st.one_of(st.integers(0, 9), st.sampled_from([0x7FFF, 0x8000, 0xFFFF]))
-ADDRESS = st.one_of(st.integers(START - 64, HOLE + 64), st.integers(START + PAGES - 64, START + PAGES + 64),
+ADDRESS = st.one_of(st.integers(START - 64, HOLE + 64), st.integers(START + SPAN - 64, START + SPAN + 64),
                     st.sampled_from([0, HOLE - 1, WILD, (1 << 64) - 1]))
-LENGTH = st.one_of(st.integers(0, 200), st.sampled_from([PAGES, 0xFFFFFFFF]))
+LENGTH = st.one_of(st.integers(0, 200), st.sampled_from([SPAN, 0xFFFFFFFF]))
 BUFFER = st.tuples(ADDRESS, LENGTH, st.integers(0, 7), INDEX)
 TO_TABLE = st.tuples(st.just(RINGS), st.integers(0, TABLE_ENTRIES).map(lambda n: n * DESCRIPTOR.size),
                      st.sampled_from([TABLE, TABLE, TABLE | WRITE, TABLE | NEXT]), INDEX)
@@ -236,9 +236,9 @@ DESCRIPTORS = st.lists(st.one_of(BUFFER, BUFFER, TO_TABLE), min_size=1, max_size
 @given(direct=DESCRIPTORS, indirect=st.lists(st.one_of(BUFFER, TO_TABLE), max_size=TABLE_ENTRIES),
        entries=st.lists(INDEX, min_size=1, max_size=8), ahead=st.integers(0, 9),
        features=st.sampled_from([0, INDIRECT, INDIRECT | EVENT]))
-@example(direct=[(RINGS, 160, TABLE, 0)], indirect=[(START + PAGES - 50, 100, WRITE | NEXT, 1)] * 10, entries=[0],
+@example(direct=[(RINGS, 160, TABLE, 0)], indirect=[(START + SPAN - 50, 100, WRITE | NEXT, 1)] * 10, entries=[0],
          ahead=1, features=INDIRECT)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_ring_is_survived_and_only_writable_memory_is_written(direct, indirect, entries, ahead, features):
     with GuestMemory(extents=REGIONS) as memory:
         assert memory.alloc(TABLE_ENTRIES * DESCRIPTOR.size) == RINGS

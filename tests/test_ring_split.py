@@ -146,7 +146,7 @@ def test_base_and_state():
 @pytest.mark.parametrize("size", [1, 2, 16, 1024, 32768])
 def test_R06_R07_full_ring_of_every_size_across_the_wrap(size):
     with joined(size, base=0xFFFF - size // 2) as (driver, device):
-        for _ in range(2):
+        for _ in range(2 if size < 32768 else 1):
             for head in range(size):  # a table of zeros: each descriptor is an empty chain
                 driver.ring.offer(head)
             driver.publish()

@@ -40,7 +40,8 @@ def test_a_plain_user_has_no_capability() -> None:
 
 
 def test_a_plain_user_ends_with_its_parent() -> None:
-    code = ("import sys; from vdev.testing.daemon import as_plain_user; from vdev.testing.process import Child;"
+    code = ("import sys; from vdev.testing.daemon import as_plain_user;"
+            "from vdev.testing.process import Child;"
             "child = Child(as_plain_user(['sleep', '60'])); print(child.pid, flush=True); sys.stdin.read()")
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     pid = int(parent.stdout.readline())

@@ -37,7 +37,7 @@ def both():
     with (GuestMemory() as memory, NetDriver(memory, size=4, features=MERGEABLE, buffer_size=100) as driver,
           DeviceSide(memory) as side):
         driver.fill()
-        yield driver, side.queue(driver.receiveq), side.queue(driver.transmitq, base=0)
+        yield driver, side.queue(driver.receiveq), side.queue(driver.transmitq)
 
 
 def put(device, *buffers: bytes) -> None:

@@ -407,6 +407,8 @@ int lane_configure(struct lane *l, const struct lane_config *config)
     l->call_to_guest |= call_changed(&l->config.to_guest, &config->to_guest);
     l->port_gone = l->memory_gone = false; /* may be mended; if not, the first frame tells */
     l->config = *config;
+    if (l->config.max_frame > FRAME_ROOM - NET_HEADER)
+        l->config.max_frame = FRAME_ROOM - NET_HEADER; /* a longer one would not fit the private buffer */
     return RING_OK;
 }
 

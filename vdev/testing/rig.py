@@ -49,12 +49,12 @@ class DeviceSide:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def queue(self, driver: DriverQueue, *, features: int | None = None, base: int | None = None) -> VirtQueue:
-        """The device's half of ``driver``, with its features and base unless told otherwise."""
+    def queue(self, driver: DriverQueue, *, base: int | None = None) -> VirtQueue:
+        """The device's half of ``driver``, from where that began or from ``base``."""
         ring, uva = driver.ring, driver.memory.uva
         made = VirtQueue(self.memory, size=ring.size, desc=uva(ring.desc.gpa), avail=uva(ring.avail.gpa),
-                         used=uva(ring.used.gpa), features=driver.features if features is None else features,
-                         base=ring.next_avail if base is None else base)
+                         used=uva(ring.used.gpa), features=driver.features,
+                         base=ring.base if base is None else base)
         self._queues.append(made)
         return made
 
@@ -97,7 +97,6 @@ class PumpedDevice:
     """
 
     def __init__(self, driver: NetDriver, *, attach: bool = True, loop: bool = False, **config: object) -> None:
-        self.driver = driver
         self.side = DeviceSide(driver.memory)
         self.wire, self._port = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self.wire, self._port):
