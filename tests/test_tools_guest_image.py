@@ -2,6 +2,7 @@
 
 import importlib.util
 import lzma
+import os
 import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -97,6 +98,15 @@ def test_libraries_are_those_the_loader_would_take(guest_image: ModuleType) -> N
     found = dict(guest_image.libraries(Path(sys.executable).resolve()))
     assert any("ld-linux" in name or "ld64" in name for name in found)
     assert all(file.is_file() and not name.startswith("/") for name, file in found.items())
+
+
+def test_only_the_newest_images_are_kept(guest_image: ModuleType, tmp_path: Path) -> None:
+    for age, name in enumerate(["newest", "new", "old", "older", "oldest"]):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, 1_000_000 - age))
+    (tmp_path / ".under-construction").mkdir()
+    guest_image.forget_old(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"newest", "new", "old", ".under-construction"}
 
 
 def test_key_changes_with_what_is_copied(guest_image: ModuleType, tmp_path: Path) -> None:

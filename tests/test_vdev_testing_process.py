@@ -5,6 +5,8 @@ import select
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -54,7 +56,10 @@ def test_a_child_does_not_outlive_a_killed_parent() -> None:
     code = ("import sys; from vdev.testing.process import Child; child = Child(['sleep', '60']);"
             "print(child.pid, flush=True); sys.stdin.read()")
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    pidfd = os.pidfd_open(int(parent.stdout.readline()))
+    pid = int(parent.stdout.readline())
+    pidfd = os.pidfd_open(pid)
+    while not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep"):
+        time.sleep(0.01)  # until then it has not told the kernel yet
     parent.kill()
     parent.communicate()
     poll = select.poll()

@@ -6,8 +6,8 @@ out of the ordinary. Everything is made in a temporary directory and gone at the
 """
 
 import contextlib
+import signal
 import socket
-import sys
 import tempfile
 import textwrap
 from collections.abc import Sequence
@@ -44,11 +44,15 @@ def run_demo(arguments: Sequence[str], prog: str) -> None:
     options = parser.parse_args(list(arguments))
     if not options.pings.isdecimal() or not 1 <= int(options.pings[:6]) <= 10_000:
         raise Misuse(f"--pings {options.pings}: must be a number from 1 to 10000")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it, everything is taken down
     try:
         _play(options.qemu, int(options.pings))
     except QemuError as reason:
         raise Failure(str(reason)) from None
     except TROUBLE as reason:
+        if "failed to find romfile" in str(reason):
+            raise Failure("QEMU has no network boot ROM; install it (Debian: `sudo apt install"
+                          " ipxe-qemu`)") from None
         raise Failure(f"the demo failed: {reason}") from None
 
 
@@ -103,7 +107,3 @@ def _play(binary: str | None, pings: int) -> None:
     if len(times) < pings:
         raise Failure(f"{pings - len(times)} of {pings} pings were not answered")
     say(f"{pings} pings, {pings} answers.")
-
-
-if __name__ == "__main__":
-    run_demo(sys.argv[1:], "vdev demo")

@@ -62,22 +62,32 @@ def test_vdev_demo(folder: Path) -> None:
     assert _traces(folder) == [] and _interfaces() == before
 
 
-def test_vdev_demo_ended_halfway_leaves_nothing(folder: Path) -> None:
+def _wait_for(demo: subprocess.Popen, text: str) -> None:
+    assert any(text in line for line in demo.stdout), f"it never said {text!r}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_vdev_demo_ended_halfway_leaves_nothing(folder: Path, number: signal.Signals) -> None:
     demo = _start([sys.executable, "-m", "vdev", "demo", "--pings", "1000"], folder)
-    for line in demo.stdout:
-        if "answered in" in line:
-            break
-    demo.send_signal(signal.SIGINT)
+    _wait_for(demo, "answered in")
+    demo.send_signal(number)
     said, _ = demo.communicate(timeout=20)
     assert demo.returncode == 1 and said.endswith("vdev: interrupted\n")
     assert _traces(folder) == []
 
 
+def test_tools_demo_ended_halfway_leaves_nothing(folder: Path) -> None:
+    demo = _start([str(ROOT / "tools/demo")], folder)
+    _wait_for(demo, "answered in")
+    demo.terminate()
+    demo.communicate(timeout=20)
+    assert demo.returncode == 130
+    assert _traces(folder) == []
+
+
 def test_vdev_demo_killed_halfway_leaves_no_process(folder: Path) -> None:
     demo = _start([sys.executable, "-m", "vdev", "demo", "--pings", "1000"], folder)
-    for line in demo.stdout:
-        if "answered in" in line:
-            break
+    _wait_for(demo, "answered in")
     demo.kill()
     demo.communicate(timeout=20)
     deadline = time.monotonic() + 5

@@ -139,12 +139,13 @@ def test_a_paused_guest_goes_on(bench: Bench) -> None:
 
 def test_nothing_was_dropped_and_both_ways_saw_long_frames(bench: Bench) -> None:
     """The daemon's own account of the session, once the guest is gone. Last: it ends the guest."""
+    for to_guest in (False, True):
+        tcp(bench.guest, bench.lan, GUEST, to_guest=to_guest, seconds=1)
     bench.guest.stop()
     bench.daemon.stop()
     (end,) = bench.daemon.events("session-end")
     for way in ("from_guest", "to_guest"):
-        assert end[way]["frames"] > 2000
-        assert end[way]["gso_frames"] > 0
-        assert end[way]["calls"] + end[way]["kicks"] > 0
+        assert end[way]["frames"] > end[way]["gso_frames"] > 0
+        assert end[way]["calls"] > 0 and end[way]["kicks"] > 0
         # A guest that gives up a queue may have frames in it; the protocol has those consumed and dropped.
         assert set(end[way]["dropped"]) <= {"disabled"}

@@ -38,9 +38,11 @@ class Daemon:
         try:
             command = [sys.executable, *program, *arguments, "--log-format", "json",
                        "--ready-fd", str(daemon_ready)]
-            self.child = Child(command if privileged else as_plain_user(command), namespace=namespace,
-                               pass_fds=[daemon_ready, *pass_fds])
-            os.close(daemon_ready)
+            try:
+                self.child = Child(command if privileged else as_plain_user(command), namespace=namespace,
+                                   pass_fds=[daemon_ready, *pass_fds])
+            finally:
+                os.close(daemon_ready)
             self._wait_until_ready(ready)
         finally:
             os.close(ready)

@@ -34,7 +34,7 @@ class PingReport:
 
 
 def ping_command(address: str, count: int, interval: float = 0.01, size: int = 56) -> str:
-    """``count`` requests every ``interval`` seconds with ``size`` bytes of data, for iputils' or busybox's ping.
+    """``count`` requests every ``interval`` seconds with ``size`` bytes of data: iputils' or busybox's ping.
 
     Only iputils' has a receive buffer large enough to count every answer when the machine is busy and they
     come in bursts.
