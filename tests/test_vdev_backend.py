@@ -13,6 +13,7 @@ import time
 import pytest
 
 from ring.driver import GuestMemory
+from vdev.connection import RESUME_DELAY_QUIET
 from vdev.net.features import Feature, mask
 from vdev.testing.scripted import ScriptedGuest
 from vdev.testing.served import ServedDevice, WirePort
@@ -332,6 +333,15 @@ def test_inspection_of_a_running_ring_does_not_make_it_deaf(served, guest) -> No
         both_ways(served, guest)
 
 
+def test_inspection_of_a_quiet_guests_ring_does_not_make_it_deaf(served, guest) -> None:
+    """A guest that only waits for frames kicks nothing: the front-end's silence has to do."""
+    both_ways(served, guest)
+    guest.front_end.get_vring_base(0)
+    served.port.wire[0].send(bytes(12) + FRAME)
+    served.wait_for("ring-resumed")
+    assert guest.driver.receive_within(5).frame == FRAME
+
+
 def test_VU_RING_B_07_all_rings_stopped_stay_stopped(served, guest) -> None:
     both_ways(served, guest)
     bases = [guest.front_end.get_vring_base(index) for index in (0, 1)]
@@ -339,7 +349,7 @@ def test_VU_RING_B_07_all_rings_stopped_stay_stopped(served, guest) -> None:
     guest.driver.transmitq.publish()
     guest.driver.transmitq.kick()
     with pytest.raises(TimeoutError):
-        receive(served.port.wire[0], 0.1)
+        receive(served.port.wire[0], 2 * RESUME_DELAY_QUIET)
     assert not served.lines("ring-resumed")
     assert [guest.front_end.get_vring_base(index) for index in (0, 1)] == bases
 

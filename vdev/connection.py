@@ -17,9 +17,11 @@ from vhost_user.session import Session
 from vhost_user.state import Offer
 from vhost_user.transport import Transport
 
-# A ring asked for its base while others run is started again on a kick, but not before the front-end had
-# time to stop the others too: then it was a real stop.
-RESUME_DELAY = 0.02  # seconds
+# A ring asked for its base while others run is started again, but not before the front-end had time to stop
+# the others too: then it was a real stop. A kick tells that the driver goes on, so that little time is enough;
+# a driver that only waits for frames does not kick, and silence of the front-end has to do.
+RESUME_DELAY_KICKED = 0.02  # seconds
+RESUME_DELAY_QUIET = 1.0
 PORT_RETRY = 1.0  # seconds between attempts to get a lost port back
 
 
@@ -49,6 +51,7 @@ class Connection:
         """Serve the messages that are there, a bounded number of them."""
         for message in self._transport.turn():
             self._serve(message)
+        self._resume_at = time.monotonic() + RESUME_DELAY_QUIET if self._backend.parked else None
 
     def _serve(self, message: Message) -> None:
         try:
@@ -84,8 +87,8 @@ class Connection:
                         "of room; give QEMU memory-backend-memfd, and enough of it")
         if events & (LaneEvent.FROM_GUEST_BROKEN | LaneEvent.TO_GUEST_BROKEN):
             self._backend.report_broken()
-        if events & LaneEvent.KICKED and self._resume_at is None and self._backend.parked:
-            self._resume_at = time.monotonic() + RESUME_DELAY
+        if events & LaneEvent.KICKED and self._resume_at is not None:
+            self._resume_at = min(self._resume_at, time.monotonic() + RESUME_DELAY_KICKED)
         if events & LaneEvent.PORT_GONE and self._port_retry_at is None:
             self._log.peer(logging.WARNING, "port-gone", f"{self._backend.port} is gone: frames are dropped until it is"
                            " back; was the interface deleted?")
