@@ -163,7 +163,9 @@ class Project:
         if "venv" in words:
             python = self.root / ".venv/bin/python"
             python.parent.mkdir(parents=True)
-            python.symlink_to(sys.executable)
+            # Not a link: through one, Python would look for its packages beside it, and find no pip.
+            python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+            python.chmod(0o755)
         else:
             (self.root / "ring/_core.abi3.so").write_text(str(len(self.commands)))
 
