@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class MeasurementError(RuntimeError):
 
 @dataclass(frozen=True)
 class PingReport:
-    """What ping says at its end. Times in milliseconds, None when no answer came."""
+    """What became of ``sent`` requests. Times in milliseconds, None when no answer came."""
 
     sent: int
     received: int
@@ -33,29 +34,39 @@ class PingReport:
         return self.sent - self.received
 
 
+PATIENCE = 10  # seconds for the last answers
+
+
 def ping_command(address: str, count: int, interval: float = 0.01, size: int = 56) -> str:
     """``count`` requests every ``interval`` seconds with ``size`` bytes of data: iputils' or busybox's ping.
 
-    Only iputils' has a receive buffer large enough to count every answer when the machine is busy and they
-    come in bursts.
+    Without a deadline iputils' ping waits for the last answer no longer than twice the longest round trip,
+    and a guest that is held up just then counts as a loss. With one it goes on, with more requests if need
+    be, until it has ``count`` answers; so the answers are told apart by number (parse_ping). Only iputils'
+    has a receive buffer large enough for every answer when the machine is busy and they come in bursts.
     """
-    return f"ping -c {count} -i {interval} -s {size} -W 5 -q {address}"
+    return f"ping -c {count} -i {interval} -s {size} -w {math.ceil(count * interval) + PATIENCE} {address}"
 
 
-def parse_ping(text: str) -> PingReport:
-    """Understand the summary of busybox's or iputils' ping. Raises MeasurementError."""
-    counts = re.search(r"(\d+) packets transmitted, (\d+) (?:packets )?received", text)
-    if not counts:
+def parse_ping(text: str, count: int) -> PingReport:
+    """Understand the output of busybox's or iputils' ping for the first ``count`` requests. Raises
+    MeasurementError."""
+    if "packets transmitted" not in text:
         raise MeasurementError(f"ping gave no summary: {text.strip()}")
+    first = 1 if "icmp_seq=" in text else 0  # iputils' counts from one
+    answered = {int(number) for number in re.findall(r"seq=(\d+)", text)} & set(range(first, first + count))
     times = re.search(r"min/avg/max\S* = ([\d.]+)/([\d.]+)/([\d.]+)", text)
-    return PingReport(int(counts[1]), int(counts[2]), *(map(float, times.groups()) if times else (None,) * 3))
+    return PingReport(count, len(answered), *(map(float, times.groups()) if times else (None,) * 3))
 
 
 def ping_from_guest(guest: LinuxGuest, address: str, count: int, interval: float = 0.01,
                     size: int = 56) -> PingReport:
     """Ping ``address`` from inside the guest."""
-    result = guest.run(ping_command(address, count, interval, size), 30 + 2 * count * interval)
-    return parse_ping(result.output)
+    # A line an answer is too much for a serial line: only the numbers, and the summary.
+    brief = "sed -n 's/.* \\(\\(icmp_\\)*seq=[0-9]*\\).*/\\1/p' /tmp/ping | tr '\\n' ' '; tail -n 3 /tmp/ping"
+    result = guest.run(f"{ping_command(address, count, interval, size)} >/tmp/ping 2>&1; {brief}",
+                       30 + 2 * count * interval)
+    return parse_ping(result.output, count)
 
 
 def ping_from_host(namespace: Namespace, address: str, count: int, interval: float = 0.01,
@@ -65,7 +76,7 @@ def ping_from_host(namespace: Namespace, address: str, count: int, interval: flo
     if not shutil.which("ping"):
         command.insert(0, "busybox")
     done = namespace.run(command, 30 + 2 * count * interval, check=False)
-    return parse_ping(done.stdout + done.stderr)
+    return parse_ping(done.stdout + done.stderr, count)
 
 
 @dataclass(frozen=True)
