@@ -1,5 +1,6 @@
 """The two demonstrations end well and leave nothing behind."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -31,8 +32,11 @@ def folder() -> Iterator[Path]:
 
 
 def _start(command: list[str], folder: Path) -> subprocess.Popen:
+    # As a terminal starts it: whoever runs the tests in the background had SIGINT ignored, which is inherited.
+    attentive = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": str(folder)})
+                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": str(folder)},
+                            preexec_fn=attentive)
 
 
 def _traces(folder: Path) -> list[str]:
