@@ -43,7 +43,7 @@ class QueueBusy(RingError):
 _TABLE = {
     "RING_E_NEXT_RANGE": (ChainError, "descriptor {at}: next is outside the table (virtio 2.7.5)"),
     "RING_E_LOOP": (ChainError, "descriptor {at}: more descriptors than the table has, so the chain is a cycle "
-                                "(virtio 2.7.5.1)"),
+                                "(virtio 2.7.5.2)"),
     "RING_E_PIECES": (ChainError, "descriptor {at}: more than 1023 separate pieces of memory in one chain"),
     "RING_E_ORDER": (ChainError, "descriptor {at}: device-readable after a device-writable one (virtio 2.7.4.2)"),
     "RING_E_INDIRECT_OFF": (ChainError, "descriptor {at}: INDIRECT was not negotiated (virtio 2.7.5.3.1)"),
@@ -52,7 +52,7 @@ _TABLE = {
     "RING_E_INDIRECT_LENGTH": (ChainError, "descriptor {at}: the indirect table's length is zero, no multiple of 16, "
                                            "or too large (virtio 2.7.5.3)"),
     "RING_E_UNMAPPED": (ChainError, "descriptor {at}: its address range is not in guest memory"),
-    "RING_E_LENGTH": (ChainError, "descriptor {at}: the chain is longer than 4 GiB (virtio 2.7.5.1)"),
+    "RING_E_LENGTH": (ChainError, "descriptor {at}: the chain is longer than 4 GiB (virtio 2.7.5.2)"),
     "RING_E_AVAIL_AHEAD": (RingBroken, "available index {at} is ahead by more than the queue size (virtio 2.7.6)"),
     "RING_E_HEAD_RANGE": (RingBroken, "the available ring names descriptor {at}, which is outside the table "
                                       "(virtio 2.7.6)"),

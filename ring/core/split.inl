@@ -107,7 +107,7 @@ static inline int split_walk(struct vq *q, struct chain *c, struct piece *pieces
     struct walk *w = &q->walk;
     uint32_t at = w->next;
 
-    /* as many steps as the table has entries: a longer chain is a cycle (2.7.5.1: MUST NOT loop) */
+    /* as many steps as the table has entries: a longer chain is a cycle (2.7.5.2: MUST NOT loop) */
     if (unlikely(w->steps_left == 0))
         return split_bad(c, RING_E_LOOP, at);
     w->steps_left--;
