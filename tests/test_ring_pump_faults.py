@@ -16,8 +16,8 @@ from ring.driver import Buffer, Extent, GuestMemory
 from ring.driver_split import DESC_F_INDIRECT
 from ring.pump import LaneEvent
 from vdev.net.features import Feature, mask
-from vdev.testing.netdriver import NetDriver, NetHeader
-from vdev.testing.rig import PumpedDevice, pumped
+from vdev.testing.netdriver import NetHeader
+from vdev.testing.rig import PumpedDevice, assert_serves, pumped
 
 BASE = mask(Feature.VERSION_1, Feature.INDIRECT_DESC, Feature.EVENT_IDX)
 MERGEABLE = BASE | mask(Feature.MRG_RXBUF)
@@ -26,15 +26,6 @@ FRAME = bytes(range(60))
 
 def cpu() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_utime
-
-
-def assert_serves(driver: NetDriver, device: PumpedDevice) -> None:
-    """Both directions of an untouched guest work."""
-    driver.transmit(FRAME)
-    assert device.receive(10) == (NetHeader(), FRAME)
-    driver.fill(1)
-    device.send(FRAME)
-    assert driver.receive_within(10, refill=False).frame == FRAME
 
 
 # ----------------------------------------------------------------------------------- floods and descriptors

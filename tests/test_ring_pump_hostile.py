@@ -18,7 +18,7 @@ from ring.driver_split import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 from ring.pump import LaneEvent
 from vdev.net.features import HOST_GSO, Feature, mask
 from vdev.testing.netdriver import GSO_TCPV4, NEEDS_CSUM, NetDriver, NetHeader
-from vdev.testing.rig import PumpedDevice, pumped
+from vdev.testing.rig import assert_serves, pumped
 
 BASE = mask(Feature.VERSION_1, Feature.INDIRECT_DESC, Feature.EVENT_IDX)
 MERGEABLE = BASE | mask(Feature.MRG_RXBUF)
@@ -55,15 +55,6 @@ def used(queue, count: int, seconds: float = 10) -> list[tuple[int, int]]:
 
 def cpu() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_utime
-
-
-def assert_serves(driver: NetDriver, device: PumpedDevice) -> None:
-    """Both directions of an untouched guest work."""
-    driver.transmit(FRAME)
-    assert device.receive(10) == (NetHeader(), FRAME)
-    driver.fill(1)
-    device.send(FRAME)
-    assert driver.receive_within(10, refill=False).frame == FRAME
 
 
 # -------------------------------------------------------------------------------------------- broken rings

@@ -14,9 +14,9 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
+from vdev.listen import PATH_MAX
 from vdev.options import escape
 
-_SOCKET_PATH_MAX = 107  # bytes; sockaddr_un.sun_path less the final zero
 _QUEUE_PAIRS_MAX = 256  # the kernel's limit for a TAP, and far beyond that of any guest
 
 # QEMU 7.2 under TCG crashes in msix_set_vector_notifiers when a vhost-user guest starts its driver with
@@ -77,8 +77,8 @@ def qemu_args(socket_path: str, memory: str = "512M", queue_pairs: int = 1, qemu
     """
     version = qemu_version(find_qemu(qemu))
     path = os.path.abspath(socket_path)
-    if len(os.fsencode(path)) > _SOCKET_PATH_MAX:
-        raise QemuError(f"{path} is longer than {_SOCKET_PATH_MAX} bytes, the most a socket path can have")
+    if len(os.fsencode(path)) > PATH_MAX:
+        raise QemuError(f"{path} is longer than {PATH_MAX} bytes, the most a socket path can have")
     if not 1 <= queue_pairs <= _QUEUE_PAIRS_MAX:
         raise QemuError(f"{queue_pairs} queue pairs: not between 1 and {_QUEUE_PAIRS_MAX}")
     size = _size(memory)

@@ -194,3 +194,15 @@ def pumped(features: int = USUAL, memory: GuestMemory | None = None,
         guest = memory or stack.enter_context(GuestMemory(32 << 20))
         driver = stack.enter_context(NetDriver(guest, features=features, **of_driver))
         yield driver, stack.enter_context(PumpedDevice(driver, **options))
+
+
+_PROBE = bytes(range(60))  # long enough for an Ethernet header, short enough for every buffer
+
+
+def assert_serves(driver: NetDriver, device: PumpedDevice) -> None:
+    """Both directions of an untouched guest work. Raises AssertionError where one does not."""
+    driver.transmit(_PROBE)
+    assert device.receive(10) == (NetHeader(), _PROBE)
+    driver.fill(1)
+    device.send(_PROBE)
+    assert driver.receive_within(10, refill=False).frame == _PROBE
