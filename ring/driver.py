@@ -3,17 +3,18 @@
     memory = GuestMemory(1 << 20)
     queue = DriverQueue(memory, size=8)
     queue.post(readable=[b"hello"], writable=[64])   # a chain of two descriptors
-    queue.submit()                                   # available index moves, kick if the device wants one
+    queue.submit()                                   # the device can see it; kick if it wants one
     ...                                              # the device works
     done = queue.collect()                           # head, bytes written, and those bytes
 
 DriverQueue is what a driver does with any ring: buffers, what is outstanding, the kick and call eventfds.
-What depends on the ring's format is its ``ring`` (ring/driver_split.py). Both trust the device as far as a
-checker should: what it may not do raises DeviceError.
+What depends on the ring's format is its ``ring`` (ring/driver_split.py, ring/driver_packed.py), chosen by the
+feature RING_PACKED. Both trust the device as far as a checker should: what it may not do raises DeviceError.
 
 Every field of shared memory can be read and written by name, valid or not, so that a test can be the
 guest from hell: ``queue.ring.desc[3].flags = 0xFFFF``, ``queue.ring.avail.idx += 9``,
-``queue.ring.avail.ring[0] = 77``, ``queue.ring.avail.used_event = 5``. Addresses are gpas.
+``queue.ring.avail.ring[0] = 77``, ``queue.ring.avail.used_event = 5``, on a packed ring
+``queue.ring.desc[3].id = 9``, ``queue.ring.driver_event.off_wrap = 0x8005``. Addresses are gpas.
 """
 
 import contextlib
@@ -24,17 +25,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ring.driver_memory import Extent, GuestMemory, OutOfGuestMemory, Region
-from ring.driver_split import DESCRIPTOR, Buffer, DeviceError, RingFull, SplitRing
+from ring.driver_packed import PackedRing
+from ring.driver_parts import DESCRIPTOR_BYTES, RING_PACKED, Buffer, DeviceError, RingFull
+from ring.driver_split import SplitRing
 
 __all__ = ["Buffer", "Completion", "DeviceError", "DriverQueue", "Extent", "GuestMemory", "OutOfGuestMemory",
-           "Region", "RingFull", "SplitRing"]
+           "PackedRing", "Region", "RingFull", "SplitRing"]
 
 
 @dataclass(frozen=True)
 class Completion:
     """A chain the device has used.
 
-    written: what the device put into used.len. data: the first ``written`` bytes of its writable buffers.
+    head: the chain's first descriptor (split) or buffer id (packed). written: how many bytes the device says
+    it wrote; all there is room for if the chain went by in a batch (VIRTIO_F_IN_ORDER). data: the first
+    ``written`` bytes of its writable buffers.
     """
 
     head: int
@@ -46,22 +51,25 @@ class Completion:
 @dataclass
 class _Outstanding:
     buffers: tuple[Buffer, ...]
-    slots: list[int]  # descriptors to give back
+    slots: list[int]  # descriptors (packed: the buffer id) to give back
     owned: list[int]  # allocations to free: indirect table, posted buffers
 
 
 class DriverQueue:
     """A driver's virtqueue: chains out, completions in.
 
-    size, features, desc, avail, used, base: see :class:`SplitRing`. kick_fd and call_fd are eventfds of
-    this queue, for a device to wait on and to write.
+    features: negotiated mask; RING_PACKED chooses the format. size, desc, avail, used, base: see
+    :class:`SplitRing` and :class:`PackedRing` (avail and used stand for its event suppression structures).
+    kick_fd and call_fd are eventfds of this queue, for a device to wait on and to write.
     """
 
     def __init__(self, memory: GuestMemory, size: int = 256, features: int = 0, *, desc: int | None = None,
-                 avail: int | None = None, used: int | None = None, base: int = 0) -> None:
+                 avail: int | None = None, used: int | None = None, base: int | None = None) -> None:
         self.memory = memory
         self.features = features
-        self.ring = SplitRing(memory, size, features, desc, avail, used, base)
+        self.packed = bool(features >> RING_PACKED & 1)
+        format = PackedRing if self.packed else SplitRing
+        self.ring: SplitRing | PackedRing = format(memory, size, features, desc, avail, used, base)
         self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.kicks = 0
@@ -78,13 +86,19 @@ class DriverQueue:
         """Chains given to the device and not collected yet."""
         return len(self._outstanding)
 
+    @property
+    def base(self) -> int:
+        """What SET_VRING_BASE has to tell a device that comes now: it begins behind all that was collected."""
+        return self.ring.base
+
     # ------------------------------------------------------------------------------ driver -> device
 
     def add(self, buffers: Iterable[Buffer], *, direct: int | None = None) -> int:
         """Offer a chain of ``buffers``, which stay the caller's.
 
-        direct: so many in descriptors of the ring, the rest in an indirect table; None: all. -> the head.
-        Visible to the device after :meth:`publish`. Raises RingFull, ValueError for an empty chain.
+        direct: so many in descriptors of the ring, the rest in an indirect table; None: all. -> the chain's
+        name, as :class:`Completion` has it. Visible to the device after :meth:`publish`. Raises RingFull,
+        ValueError for an empty chain or, on a packed ring, one of both kinds.
         """
         return self._offer(tuple(buffers), direct, [])
 
@@ -116,16 +130,15 @@ class DriverQueue:
         indirect = len(buffers) - direct if direct is not None else 0
         if not 0 <= indirect <= len(buffers):
             raise ValueError(f"{direct} direct descriptors for {len(buffers)} buffers")
-        table = self.memory.alloc(DESCRIPTOR.size * indirect) if indirect else None
+        table = self.memory.alloc(DESCRIPTOR_BYTES * indirect) if indirect else None
         try:
             slots = self.ring.write_chain(buffers, table, len(buffers) - indirect)
-        except RingFull:
+        except (RingFull, ValueError):
             if table is not None:
                 self.memory.free(table)
             raise
         self._outstanding[slots[0]] = _Outstanding(
             buffers, slots, owned if table is None else [*owned, table])
-        self.ring.offer(slots[0])
         return slots[0]
 
     def publish(self) -> None:
@@ -160,6 +173,8 @@ class DriverQueue:
         if chain is None:
             raise DeviceError(f"used element names head {head}, which is not outstanding")
         room = sum(buffer.len for buffer in chain.buffers if buffer.writable)
+        if written is None:
+            written = room
         if written > room:
             raise DeviceError(f"used element of head {head} says {written} bytes, "
                               f"the chain has room for {room}")

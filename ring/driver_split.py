@@ -6,41 +6,32 @@ becomes visible, how each side asks for notifications. ring/driver.py is what a 
 Specification: virtio 1.2, section 2.7 "Split Virtqueues". Addresses are gpas.
 """
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from struct import Struct
-from typing import NamedTuple
 
 from ring.driver_memory import GuestMemory
+from ring.driver_parts import (
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    DESCRIPTOR_BYTES,
+    Area,
+    Areas,
+    Buffer,
+    DeviceError,
+    Ring,
+    RingFull,
+    View,
+    field,
+    full_barrier,
+    link,
+)
 
-INDIRECT_DESC = 28  # feature bits, section 6
-EVENT_IDX = 29
-
-DESC_F_NEXT = 1
-DESC_F_WRITE = 2
-DESC_F_INDIRECT = 4
 AVAIL_F_NO_INTERRUPT = 1
 USED_F_NO_NOTIFY = 1
 
 DESCRIPTOR = Struct("<QIHH")  # addr, len, flags, next: 2.7.5
 USED_ELEMENT = Struct("<II")  # id, len: 2.7.8
-
-
-class RingFull(Exception):
-    """Not enough free descriptors for the chain."""
-
-
-class DeviceError(Exception):
-    """The device did what no device may: the text says what."""
-
-
-class Buffer(NamedTuple):
-    """A run of guest memory for one descriptor. gpa, len in bytes; writable by the device or readable."""
-
-    gpa: int
-    len: int
-    writable: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,7 @@ class SplitLayout:
 
     @property
     def desc_bytes(self) -> int:
-        return DESCRIPTOR.size * self.size
+        return DESCRIPTOR_BYTES * self.size
 
     @property
     def used_event(self) -> int:
@@ -76,54 +67,38 @@ class SplitLayout:
         return 4 + USED_ELEMENT.size * (index % self.size)
 
 
-def _field(offset: int, width: int) -> property:
-    """A number of ``width`` bytes, ``offset`` bytes into the structure a view stands for."""
-    return property(lambda view: view.memory.load(view.gpa + offset, width),
-                    lambda view, value: view.memory.store(view.gpa + offset, width, value))
-
-
-class _View:
-    """A structure in guest memory."""
-
-    __slots__ = ("memory", "gpa")
-
-    def __init__(self, memory: GuestMemory, gpa: int) -> None:
-        self.memory = memory
-        self.gpa = gpa
-
-
-class Descriptor(_View):
+class Descriptor(View):
     """struct virtq_desc."""
 
     __slots__ = ()
-    addr = _field(0, 8)
-    len = _field(8, 4)
-    flags = _field(12, 2)
-    next = _field(14, 2)
+    addr = field(0, 8)
+    len = field(8, 4)
+    flags = field(12, 2)
+    next = field(14, 2)
 
     def set(self, addr: int, len: int, flags: int = 0, next: int = 0) -> None:
         """Write all four fields."""
         self.memory.write(self.gpa, DESCRIPTOR.pack(addr, len, flags, next))
 
 
-class DescriptorTable(_View):
+class DescriptorTable(View):
     """An array of struct virtq_desc: the ring's own, or an indirect one anywhere in guest memory."""
 
     __slots__ = ()
 
     def __getitem__(self, index: int) -> Descriptor:
-        return Descriptor(self.memory, self.gpa + DESCRIPTOR.size * index)
+        return Descriptor(self.memory, self.gpa + DESCRIPTOR_BYTES * index)
 
 
-class UsedElement(_View):
+class UsedElement(View):
     """struct virtq_used_elem."""
 
     __slots__ = ()
-    id = _field(0, 4)
-    len = _field(4, 4)
+    id = field(0, 4)
+    len = field(4, 4)
 
 
-class AvailableEntries(_View):
+class AvailableEntries(View):
     """The ring[] of the available ring; indices count on past the size, as avail.idx does."""
 
     __slots__ = ("layout",)
@@ -135,7 +110,7 @@ class AvailableEntries(_View):
         self.memory.store(self.gpa + self.layout.avail_entry(index), 2, head)
 
 
-class UsedEntries(_View):
+class UsedEntries(View):
     """The ring[] of the used ring; indices count on past the size, as used.idx does."""
 
     __slots__ = ("layout",)
@@ -144,12 +119,12 @@ class UsedEntries(_View):
         return UsedElement(self.memory, self.gpa + self.layout.used_entry(index))
 
 
-class _HalfRing(_View):
+class _HalfRing(View):
     """What struct virtq_avail and struct virtq_used share."""
 
     __slots__ = ("layout", "ring")
-    flags = _field(0, 2)
-    idx = _field(2, 2)
+    flags = field(0, 2)
+    idx = field(2, 2)
 
     def __init__(self, memory: GuestMemory, gpa: int, layout: SplitLayout, entries: type) -> None:
         super().__init__(memory, gpa)
@@ -178,86 +153,78 @@ class UsedRing(_HalfRing):
     avail_event = _event("avail_event")
 
 
-_barrier_lock = threading.Lock()
-
-
-def full_barrier() -> None:
-    """Order our earlier stores before our later loads.
-
-    Taking a free lock is a locked instruction, which on x86-64 is a full barrier. Elsewhere Python has
-    none to offer: check ordering there with the driver in C (ring/loadgen.py).
-    """
-    with _barrier_lock:
-        pass
-
-
 def need_event(event: int, new: int, old: int) -> bool:
     """Was index ``event`` passed when an index moved from ``old`` to ``new``? (vring_need_event, 2.7.10)"""
     return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
 
 
-class SplitRing:
+class SplitRing(Ring):
     """A split ring in guest memory: the fields by name, and the driver's way of using them.
 
-    size: descriptors. features: negotiated mask; INDIRECT_DESC and EVENT_IDX matter. desc, avail, used:
-    gpas of the parts, allocated where None. base: both indices start there.
+    size: descriptors. features: negotiated mask; EVENT_IDX and IN_ORDER matter. desc, avail, used:
+    gpas of the parts, allocated where None. base: both indices start there; None: 0.
     """
 
-    def __init__(self, memory: GuestMemory, size: int, features: int, desc: int | None, avail: int | None,
-                 used: int | None, base: int) -> None:
-        self.memory = memory
-        self.size = size
-        self.base = base
+    def __init__(self, memory: GuestMemory, size: int, features: int, desc: int | None = None,
+                 avail: int | None = None, used: int | None = None, base: int | None = None) -> None:
+        super().__init__(memory, size, features)
         self.layout = SplitLayout(size)
-        self.event_idx = bool(features >> EVENT_IDX & 1)
-        self._allocated: list[int] = []
         self.desc = DescriptorTable(memory, self._place(desc, self.layout.desc_bytes, 16))
         self.avail = AvailableRing(memory, self._place(avail, self.layout.avail_bytes, 2), self.layout,
                                    AvailableEntries)
         self.used = UsedRing(memory, self._place(used, self.layout.used_bytes, 4), self.layout, UsedEntries)
-        self.avail.idx = self.used.idx = base
-        self.next_avail = base  # next entry to fill; avail.idx follows at publish
-        self.next_used = base  # next used entry to look at
-        self._kicked = base  # next_avail at the last kick decision
-        self.free = list(reversed(range(size)))  # descriptor numbers, taken from the end
+        self.next_avail = base or 0  # next entry to fill; avail.idx follows at publish
+        self.avail.idx = self.used.idx = self.next_avail
+        self.next_used = self.next_avail  # next used entry to look at
+        self._kicked = self.next_avail  # next_avail at the last kick decision
 
-    def _place(self, gpa: int | None, size: int, align: int) -> int:
-        if gpa is not None:
-            self.memory.write(gpa, bytes(size))
-            return gpa
-        self._allocated.append(self.memory.alloc(size, align))
-        return self._allocated[-1]
+    @property
+    def areas(self) -> Areas:
+        """Where the ring lies."""
+        return Areas(Area(self.desc.gpa, self.layout.desc_bytes), Area(self.avail.gpa, self.layout.avail_bytes),
+                     Area(self.used.gpa, self.layout.used_bytes))
+
+    @property
+    def base(self) -> int:
+        """Where a device that comes now has to begin, as SET_VRING_BASE carries it."""
+        return self.next_used
+
+    @property
+    def room(self) -> int:
+        """Descriptors that are free."""
+        return len(self.free)
 
     def _write_table(self, table: DescriptorTable, slots: Sequence[int], buffers: Sequence[Buffer]) -> None:
-        for i, buffer in enumerate(buffers):
-            last = i == len(buffers) - 1
-            table[slots[i]].set(buffer.gpa, buffer.len,
-                                DESC_F_WRITE * buffer.writable | DESC_F_NEXT * (not last),
-                                0 if last else slots[i + 1])
+        for i, (buffer, flags) in enumerate(zip(buffers, link(buffers), strict=True)):
+            table[slots[i]].set(buffer.gpa, buffer.len, flags, slots[i + 1] if flags & DESC_F_NEXT else 0)
 
     def write_chain(self, buffers: Sequence[Buffer], table: int | None, direct: int) -> list[int]:
-        """Describe a chain: ``direct`` buffers in descriptors of the ring, the rest in the ``table`` (gpa).
+        """Describe a chain and offer it: ``direct`` buffers in descriptors of the ring, the rest in the
+        ``table`` (gpa).
 
-        -> the descriptors taken, head first. Not yet offered. Raises RingFull, taking nothing. (2.7.5.3)
+        -> the descriptors taken, head first. Raises RingFull, taking nothing. (2.7.5.3)
         """
         needed = direct + (table is not None)
-        if needed > len(self.free):
-            raise RingFull(f"the chain needs {needed} descriptors, {len(self.free)} of {self.size} are free")
-        slots = [self.free.pop() for _ in range(needed)]
-        self._write_table(self.desc, slots, buffers[:direct])
+        if needed > self.room:
+            raise RingFull(f"the chain needs {needed} descriptors, {self.room} of {self.size} are free")
+        slots = self._take_free(needed)
+        self._write_table(self.desc, slots[:direct], buffers[:direct])
         if table is not None:
             rest = buffers[direct:]
             self._write_table(DescriptorTable(self.memory, table), range(len(rest)), rest)
-            self.desc[slots[-1]].set(table, DESCRIPTOR.size * len(rest), DESC_F_INDIRECT)
+            self.desc[slots[-1]].set(table, DESCRIPTOR_BYTES * len(rest), DESC_F_INDIRECT)
             if direct:
                 self.desc[slots[-2]].flags |= DESC_F_NEXT
                 self.desc[slots[-2]].next = slots[-1]
+        self.offer(slots[0])
         return slots
 
     def offer(self, head: int) -> None:
         """Enter ``head`` into the available ring; the device sees it after :meth:`publish`."""
         self.avail.ring[self.next_avail] = head
         self.next_avail = (self.next_avail + 1) & 0xFFFF
+        if self.in_order:
+            self._entries[head] = 1
 
     def publish(self) -> None:
         """Make everything offered visible: the store of avail.idx comes after the entries (2.7.13.3)."""
@@ -272,23 +239,33 @@ class SplitRing:
         return before != self.next_avail and not self.used.flags & USED_F_NO_NOTIFY
 
     def pending(self) -> int:
-        """How many used entries wait to be taken. Raises DeviceError beyond the size."""
+        """How many used chains wait to be taken. Raises DeviceError beyond the size."""
         count = (self.used.idx - self.next_used) & 0xFFFF
         if count > self.size:
             raise DeviceError(f"used.idx {self.used.idx} is {count} ahead of {self.next_used}, "
                               f"the ring has {self.size} entries")
         return count
 
-    def next_completion(self) -> tuple[int, int] | None:
-        """Take the next used entry -> (head, bytes written), or None. (2.7.14)"""
-        if not self.pending():
+    def next_completion(self) -> tuple[int, int | None] | None:
+        """Take the next used chain -> (head, bytes written), or None. (2.7.14)
+
+        Written is None for a chain that went by in a batch: it counts as completely used. Raises DeviceError
+        in order for a batch that is not covered by used.idx.
+        """
+        pending = self.pending()
+        if not pending:
+            if self._batch:
+                raise DeviceError(f"the used element of a batch names head {self._batch[0]}, "
+                                  f"but used.idx {self.used.idx} does not cover the chains up to that one")
             return None
         element = self.used.ring[self.next_used]
+        head, written = self._next_in_turn(self._batch or (element.id, element.len))
         self.next_used = (self.next_used + 1) & 0xFFFF
-        return element.id, element.len
+        self._entries.pop(head, None)
+        return head, written
 
     def want_calls(self, after: int = 1) -> bool:
-        """Ask for a notification once ``after`` more entries are used (EVENT_IDX; 1 otherwise).
+        """Ask for a notification once ``after`` more chains are used (EVENT_IDX; 1 otherwise).
 
         -> True when that many are there already: no notification may come for those. (2.7.7)
         """
@@ -305,9 +282,3 @@ class SplitRing:
             self.avail.used_event = (self.next_used - 1) & 0xFFFF
         else:
             self.avail.flags = AVAIL_F_NO_INTERRUPT
-
-    def close(self) -> None:
-        """Free the parts allocated here. Idempotent."""
-        for gpa in self._allocated:
-            self.memory.free(gpa)
-        self._allocated.clear()

@@ -10,13 +10,15 @@ from ring.build import lib
 
 class RingError(Exception):
     """A rule of the virtqueue was broken. ``code`` is the ``RING_E_*`` name, ``at`` the index it is about
-    (a descriptor, a head or an available index; None where there is none)."""
+    (a descriptor, a head or an available index; None where there is none). ``head`` and ``slots`` are those of
+    the chain, if it is about one."""
 
-    def __init__(self, code: str, text: str, at: int | None = None, head: int | None = None):
+    def __init__(self, code: str, text: str, at: int | None = None, head: int | None = None, slots: int = 1):
         super().__init__(text)
         self.code = code
         self.at = at
         self.head = head
+        self.slots = slots
 
 
 class ChainError(RingError):
@@ -46,8 +48,10 @@ _TABLE = {
                                 "(virtio 2.7.5.2)"),
     "RING_E_PIECES": (ChainError, "descriptor {at}: more than 1023 separate pieces of memory in one chain"),
     "RING_E_ORDER": (ChainError, "descriptor {at}: device-readable after a device-writable one (virtio 2.7.4.2)"),
-    "RING_E_INDIRECT_OFF": (ChainError, "descriptor {at}: INDIRECT was not negotiated (virtio 2.7.5.3.1)"),
-    "RING_E_INDIRECT_NEXT": (ChainError, "descriptor {at}: INDIRECT and NEXT together (virtio 2.7.5.3.1)"),
+    "RING_E_INDIRECT_OFF": (ChainError, "descriptor {at}: INDIRECT was not negotiated (virtio 2.7.5.3.1, "
+                                        "2.8.19.1)"),
+    "RING_E_INDIRECT_NEXT": (ChainError, "descriptor {at}: INDIRECT and NEXT together, or, on a packed ring, "
+                                         "INDIRECT inside a chain (virtio 2.7.5.3.1, 2.8.19.1)"),
     "RING_E_INDIRECT_NESTED": (ChainError, "descriptor {at}: INDIRECT inside an indirect table (virtio 2.7.5.3.1)"),
     "RING_E_INDIRECT_LENGTH": (ChainError, "descriptor {at}: the indirect table's length is zero, no multiple of 16, "
                                            "or too large (virtio 2.7.5.3)"),
@@ -57,9 +61,12 @@ _TABLE = {
     "RING_E_HEAD_RANGE": (RingBroken, "the available ring names descriptor {at}, which is outside the table "
                                       "(virtio 2.7.6)"),
     "RING_E_MEMORY_GONE": (MemoryGone, "guest memory vanished: its file was truncated or its file system is full"),
-    "RING_E_QUEUE_SIZE": (SetupError, "the queue size must be a power of two between 1 and 32768 (virtio 2.7)"),
+    "RING_E_ENDLESS": (RingBroken, "the chain at slot {at} goes once around the ring without an end (virtio 2.8.6)"),
+    "RING_E_QUEUE_SIZE": (SetupError, "the queue size must be between 1 and 32768, and for a split ring a power of two "
+                                      "(virtio 2.7, 2.8.10.1)"),
     "RING_E_RING_ALIGNMENT": (SetupError, "descriptor table, available and used ring must be aligned to 16, 2 and 4 "
-                                          "bytes (virtio 2.7)"),
+                                          "bytes, a packed ring's parts to 16, 4 and 4 (virtio 2.7, 2.8.10.1)"),
+    "RING_E_BASE": (SetupError, "the base names a slot outside the packed ring"),
     "RING_E_RING_UNMAPPED": (SetupError, "a part of the ring is not inside one shared memory region; is all of the "
                                          "guest's memory shared (share=on)?"),
     "RING_E_REGION": (SetupError, "memory regions are empty, overflow or overlap"),
@@ -71,13 +78,12 @@ _TABLE = {
 _NAMES = {getattr(lib, name): name for name in _TABLE}
 
 
-def named(name: str, at: int | None = None, head: int | None = None, detail: str = "") -> RingError:
+def named(name: str, at: int | None = None, head: int | None = None, slots: int = 1) -> RingError:
     """The exception for the code ``name`` (a RING_E_* name); raise what this returns."""
     kind, text = _TABLE[name]
-    text = text.format(at="?" if at is None else at)
-    return kind(name, f"{text}: {detail}" if detail else text, at, head)
+    return kind(name, text.format(at="?" if at is None else at), at, head, slots)
 
 
-def error(status: int, at: int | None = None, head: int | None = None, detail: str = "") -> RingError:
+def error(status: int, at: int | None = None, head: int | None = None, slots: int = 1) -> RingError:
     """The exception for a negative status of the core; raise what this returns."""
-    return named(_NAMES[status], at, head, detail)
+    return named(_NAMES[status], at, head, slots)

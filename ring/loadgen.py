@@ -32,7 +32,7 @@ check_digest(ffi.string(lib.driver_sources_digest()).decode(), Path(__file__).re
 
 # enum driver_error, as the names are printed
 ERRORS = ("used_ahead", "unknown_head", "bad_length", "bad_merge", "stall", "lost_call", "bad_stamp",
-          "bad_body", "bad_order")
+          "bad_body", "bad_order", "bad_event")
 
 # Broadcast, from a locally administered address, EtherType 0x88B5: IEEE 802 local experiments.
 ETHERNET_PREFIX = bytes.fromhex("ffffffffffff 020000000001 88b5")
@@ -84,23 +84,20 @@ class LoadGenerator:
         self._memory = queue.memory
         self._area: int | None = None
         self._lent = []
-        ring, layout = queue.ring, queue.ring.layout
         config = ffi.new("struct driver_config *", {
-            "role": role, "size": ring.size, "base": ring.base, "features": queue.features,
+            "role": role, "size": queue.ring.size, "base": queue.base, "features": queue.features,
             "kick": queue.kick_fd, "call": queue.call_fd, "frames": frames, "frame_bytes": frame_bytes,
             "batch": batch, "pieces": pieces, "indirect": indirect, "busy_poll": busy_poll, "full": full,
             "stall_ms": stall_ms, "header": header, "prefix": prefix, "prefix_bytes": len(prefix)})
         area_bytes = lib.driver_area_bytes(config)
         if not area_bytes:
             raise ValueError(f"{frames} frames of {frame_bytes} bytes, {pieces} descriptors each, in batches "
-                             f"of {batch} on a ring of {ring.size} make no sense")
+                             f"of {batch} on a ring of {queue.ring.size} make no sense")
         try:
             self._area = self._memory.alloc(area_bytes, align=64)
             config.area_gpa = self._area
             config.area = self._lend(self._area, area_bytes)
-            config.desc = self._lend(ring.desc.gpa, layout.desc_bytes)
-            config.avail = self._lend(ring.avail.gpa, layout.avail_bytes)
-            config.used = self._lend(ring.used.gpa, layout.used_bytes)
+            config.desc, config.avail, config.used = (self._lend(*area) for area in queue.ring.areas)
             self._handle = lib.driver_new(config)
             if self._handle == ffi.NULL:
                 raise OSError(ffi.errno, os.strerror(ffi.errno))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import IntFlag
 
 from ring.build import ffi, lib
-from ring.errors import error
+from ring.errors import QueueBusy, error
 from ring.virtqueue import VirtQueue, guard
 
 # enum drop_reason, as the names are printed
@@ -152,7 +152,7 @@ class Pump:
         """Take the lane back once the worker has left it. Raises QueueBusy after ``timeout_ms``."""
         status = lib.pump_detach(self._handle, lane._handle, timeout_ms)
         if status < 0:
-            raise error(status, detail=f"the worker did not let go within {timeout_ms} ms")
+            raise QueueBusy("RING_E_BUSY", f"the worker did not let go within {timeout_ms} ms")
         lane._pump = None
         for queue in lane._queues():
             queue.lent = False

@@ -1,19 +1,21 @@
 """The device's half of a virtqueue, one visible phase at a time: what the step engine, the tests and the
-lessons use. The pumps run the very same C micro-steps (core/split.inl) without Python.
+lessons use. The pumps run the very same C micro-steps (core/split.inl, core/packed.inl) without Python.
 
 A life of a chain::
 
-    q.see()                  the available index is read: how many chains wait
-    chain = q.pop()          the next head is taken, its descriptors are read and translated
+    q.see()                  the available index (packed: the next flags) is read: do chains wait?
+    chain = q.pop()          the next one is taken, its descriptors are read and translated
     chain.read() / .write()  bytes are copied
-    q.push(chain, written)   a used element is written, not visible yet
-    q.publish()              the used index is stored: the driver sees it
+    q.push(chain, written)   a used entry is written, not visible yet
+    q.publish()              the used index (packed: the first flags) is stored: the driver sees it
     q.decide()               must the driver be notified, and why
 
-virtio 1.2, sections 2.7.13 "Supplying Buffers to The Device" and 2.7.14 "Receiving Used Buffers From The
-Device", seen from the device.
+virtio 1.2, sections 2.7.13 "Supplying Buffers to The Device", 2.7.14 "Receiving Used Buffers From The
+Device", 2.8.21 and 2.8.22, seen from the device.
 """
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -40,19 +42,25 @@ class CallReason(IntEnum):
 
 @dataclass(frozen=True)
 class QueueState:
-    """The ring from our side; all indices free-running modulo 65536 (see struct vq_state in core/ring.h)."""
+    """The ring from our side. Split: indices are free-running modulo 65536. Packed: slots, each with its wrap
+    counter. See struct vq_state in core/ring.h."""
 
+    packed: bool
     size: int
     next_avail: int
-    avail_seen: int
+    avail_wrap: bool
+    known: int
+    known_wrap: bool
     next_used: int
+    used_wrap: bool
     published: int
     kicks_wanted: bool
     broken: RingError | None
 
 
 class Chain:
-    """One popped chain. ``head`` names it in the used ring; lengths are in bytes."""
+    """One popped chain. ``head`` names it in the used ring (packed: the buffer id), ``slots`` is how many of
+    the ring's entries it takes; lengths are in bytes."""
 
     def __init__(self, queue: "VirtQueue"):
         self._queue = queue
@@ -60,6 +68,7 @@ class Chain:
         self._pieces = ffi.new("struct piece[]", lib.RING_PIECES_MAX)
 
     head = property(lambda self: self._c.head)
+    slots = property(lambda self: self._c.slots)
     descriptors = property(lambda self: self._c.descriptors)
     readable_len = property(lambda self: self._c.readable_len)
     writable_len = property(lambda self: self._c.writable_len)
@@ -83,10 +92,11 @@ class Chain:
 
 
 class VirtQueue:
-    """The device's half of a split virtqueue in ``memory``.
+    """The device's half of a virtqueue in ``memory``, split or packed (RING_PACKED in ``features``).
 
-    size: descriptors, a power of two up to 32768. desc, avail, used: uva of the three parts. features:
-    negotiated virtio features. base: next available index, as SET_VRING_BASE carries it.
+    size: descriptors, up to 32768, for a split ring a power of two. desc, avail, used: uva of the three parts
+    (packed: descriptor ring, driver and device event suppression structure). features: negotiated virtio
+    features. base: where to go on, as SET_VRING_BASE carries it.
 
     Every verb raises RingBroken (MemoryGone among them) on a ring that has lost its meaning and QueueBusy
     while a pump has it. The constructor raises SetupError.
@@ -104,6 +114,7 @@ class VirtQueue:
         if self.handle == ffi.NULL:
             raise error(status[0])
         self._walking: Chain | None = None
+        self._popped: deque = deque(maxlen=size)  # the C side of chains, for unpop
 
     def close(self) -> None:
         """Free our side; guest memory is not touched."""
@@ -136,20 +147,23 @@ class VirtQueue:
         broken = self.state.broken
         if broken is not None:
             raise broken
-        raise error(status, at=chain._c.bad if chain else None, head=chain.head if chain else None)
+        if chain is None:
+            raise error(status)
+        raise error(status, at=chain._c.bad, head=chain.head, slots=chain.slots)
 
     # ---- the phases
 
     def see(self) -> int:
-        """Read the available index once -> chains that wait (0: none)."""
+        """Look once whether chains wait -> how many, as far as one look tells (packed: 1); 0: none."""
         return self._checked(lib.vq_see(self._ours()))
 
     def take(self) -> Chain | None:
-        """Take the next head of those seen -> a chain without its descriptors (see walk), or None."""
+        """Take the next chain of those seen, without its descriptors (see walk), or None."""
         chain = Chain(self)
         if self._checked(lib.vq_take(self._ours(), chain._c)) == lib.RING_EMPTY:
             return None
         self._walking = chain
+        self._popped.append(chain._c)
         return chain
 
     def walk(self) -> bool:
@@ -159,23 +173,36 @@ class VirtQueue:
         return self._checked(status, chain) == lib.RING_MORE
 
     def pop(self) -> Chain | None:
-        """See if needed, take, and walk to the end -> the chain, or None. Raises ChainError, whose ``head``
-        is to be pushed back."""
+        """See if needed, take, and walk to the end -> the chain, or None. Raises ChainError, which is to be
+        pushed back."""
         chain = Chain(self)
         status = lib.vq_pop(self._ours(), chain._c, chain._pieces, lib.RING_PIECES_MAX)
-        return None if self._checked(status, chain) == lib.RING_EMPTY else chain
+        if status == lib.RING_EMPTY:
+            return None
+        self._popped.append(chain._c)
+        self._checked(status, chain)
+        return chain
 
     def unpop(self, count: int = 1) -> None:
-        """Give the ``count`` most recently popped chains back, unused."""
-        self._checked(lib.vq_unpop(self._ours(), count))
+        """Give the ``count`` most recently popped chains back, unused. Raises ValueError for more than were
+        popped; the last ``size`` are remembered."""
+        if count > len(self._popped):
+            raise ValueError(f"{count} chains to give back, {len(self._popped)} were popped")
+        slots = sum(self._popped.pop().slots for _ in range(count))
+        self._checked(lib.vq_unpop(self._ours(), slots))
 
-    def push(self, chain: Chain | ChainError | int, written: int = 0) -> None:
-        """Write a used element for ``chain`` (or its head, or the error it raised): ``written`` bytes."""
-        head = chain if isinstance(chain, int) else chain.head
-        self._checked(lib.vq_push(self._ours(), head, written))
+    def push(self, chain: Chain | ChainError, written: int = 0) -> None:
+        """Write a used entry for ``chain`` (or for the error it raised): ``written`` bytes."""
+        self._checked(lib.vq_push(self._ours(), chain.head, chain.slots, written))
+
+    def push_batch(self, chains: Sequence[Chain | ChainError]) -> None:
+        """VIRTIO_F_IN_ORDER: one used entry for ``chains``, in the order they were popped; nothing was
+        written to them."""
+        slots = sum(chain.slots for chain in chains)
+        self._checked(lib.vq_push_batch(self._ours(), chains[-1].head, len(chains), slots))
 
     def publish(self) -> None:
-        """Store the used index: everything pushed becomes visible to the driver."""
+        """Everything pushed becomes visible to the driver."""
         self._checked(lib.vq_publish(self._ours()))
 
     def decide(self) -> CallReason:
@@ -183,7 +210,8 @@ class VirtQueue:
         return CallReason(self._checked(lib.vq_decide(self._ours())))
 
     def arm(self) -> int:
-        """Ask for kicks, then look once more -> chains that wait."""
+        """Ask for a kick when more comes than is known, then look once more -> how many chains came beyond
+        those known, as far as one look tells; 0: none."""
         return self._checked(lib.vq_arm(self._ours()))
 
     def disarm(self) -> None:
@@ -194,7 +222,7 @@ class VirtQueue:
 
     @property
     def base(self) -> int:
-        """What GET_VRING_BASE answers: the next available index."""
+        """What GET_VRING_BASE answers (vq_base in core/ring.h has the encodings)."""
         return lib.vq_base(self.handle)
 
     @property
@@ -203,7 +231,8 @@ class VirtQueue:
         s = ffi.new("struct vq_state *")
         lib.vq_state(self.handle, s)
         broken = error(s.broken, s.broken_at) if s.broken else None
-        return QueueState(s.size, s.next_avail, s.avail_seen, s.next_used, s.published, bool(s.kicks_wanted), broken)
+        return QueueState(bool(s.packed), s.size, s.next_avail, bool(s.avail_wrap), s.known, bool(s.known_wrap),
+                          s.next_used, bool(s.used_wrap), s.published, bool(s.kicks_wanted), broken)
 
 
 def guard() -> None:

@@ -120,7 +120,7 @@ def test_editable_install(room: Path, tree: Path) -> None:
     run(python, "-m", "pip", "install", "-q", "-e", tree, cwd=room)
     where = run(python, "-c", "import ring.build, ring._core; print(ring._core.__file__)", cwd=room).stdout.strip()
     assert Path(where).parent == tree / "ring"
-    with (tree / "ring/core/split.c").open("a") as file:
+    with (tree / "ring/core/verbs.c").open("a") as file:
         file.write("/* changed after the build */\n")
     stale = subprocess.run([python, "-c", "import ring.build"], cwd=room, capture_output=True, text=True, timeout=60)
     assert "ring._core is stale" in stale.stderr

@@ -19,7 +19,7 @@ def write_sources(root: Path, text: str) -> Path:
     for folder in ("core", "plane"):
         (root / folder).mkdir(exist_ok=True)
     (root / "core/ring.h").write_text("int x;\n")
-    (root / "core/split.c").write_text(text)
+    (root / "core/verbs.c").write_text(text)
     return root
 
 
@@ -44,7 +44,7 @@ def test_digest_follows_names_and_contents(tmp_path: Path) -> None:
     first = sources.digest(write_sources(tmp_path, "int a;\n"))
     assert first == sources.digest(tmp_path)
     assert first != sources.digest(write_sources(tmp_path, "int b;\n"))
-    (tmp_path / "core/split.c").rename(tmp_path / "core/packed.c")
+    (tmp_path / "core/verbs.c").rename(tmp_path / "core/packed.c")
     (tmp_path / "core/packed.c").write_text("int a;\n")
     assert first != sources.digest(tmp_path)
 
@@ -68,7 +68,7 @@ def test_untouched_copy_is_imported(copy: Path) -> None:
 
 
 def test_edited_source_makes_the_extension_stale(copy: Path) -> None:
-    with (copy / "core/split.c").open("a") as file:
+    with (copy / "core/verbs.c").open("a") as file:
         file.write("/* one more line */\n")
     said = import_ring(copy)
     assert said.startswith("ring.build.ExtensionError: the C extension ring._core is stale")
@@ -110,7 +110,7 @@ def test_pytest_refuses_to_test_a_stale_extension(copy: Path, tmp_path: Path) ->
     (tmp_path / "tests").mkdir()
     shutil.copy(conftest, tmp_path / "tests")
     (tmp_path / "tests/test_nothing.py").write_text("def test_nothing(): pass\n")
-    with (copy / "core/split.c").open("a") as file:
+    with (copy / "core/verbs.c").open("a") as file:
         file.write("/* one more line */\n")
     done = subprocess.run([sys.executable, "-m", "pytest", "tests"], cwd=tmp_path, capture_output=True, text=True,
                           timeout=60, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})

@@ -13,15 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ring.driver import Buffer, DeviceError, DriverQueue, Extent, GuestMemory, OutOfGuestMemory, RingFull
-from ring.driver_split import (
-    DESC_F_INDIRECT,
-    DESC_F_NEXT,
-    DESC_F_WRITE,
-    EVENT_IDX,
-    USED_F_NO_NOTIFY,
-    SplitLayout,
-    need_event,
-)
+from ring.driver_parts import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, EVENT_IDX
+from ring.driver_split import USED_F_NO_NOTIFY, SplitLayout, need_event
 
 PAGE = mmap.PAGESIZE
 

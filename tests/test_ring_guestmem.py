@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ring.build import ffi, lib
 from ring.driver import Buffer, DriverQueue, Extent, GuestMemory
-from ring.driver_split import DESC_F_INDIRECT, DESC_F_WRITE, INDIRECT_DESC
+from ring.driver_parts import DESC_F_INDIRECT, DESC_F_WRITE, INDIRECT_DESC
 from ring.errors import MemoryGone, SetupError
 from ring.guestmem import Owner, Policy
 from vdev.testing.rig import DeviceSide, joined

@@ -8,13 +8,8 @@ tests/test_ring_pump_hostile.py.
 import pytest
 
 from ring.driver import DriverQueue, Extent, GuestMemory
-from ring.driver_split import (
-    DESC_F_INDIRECT,
-    DESC_F_NEXT,
-    DESC_F_WRITE,
-    DESCRIPTOR,
-    INDIRECT_DESC,
-)
+from ring.driver_parts import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, INDIRECT_DESC
+from ring.driver_split import DESCRIPTOR
 from ring.errors import ChainError, RingBroken
 from ring.virtqueue import VirtQueue
 from vdev.testing.rig import DeviceSide, joined, table

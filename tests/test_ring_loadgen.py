@@ -7,17 +7,20 @@ import contextlib
 import struct
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 
 from ring.driver import DriverQueue, GuestMemory, OutOfGuestMemory
-from ring.driver_split import EVENT_IDX, INDIRECT_DESC, USED_F_NO_NOTIFY
+from ring.driver_parts import EVENT_IDX, INDIRECT_DESC
+from ring.driver_split import USED_F_NO_NOTIFY
 from ring.loadgen import ETHERNET_PREFIX, ERRORS, LoadGenerator, Role
 from ring.virtqueue import Chain, VirtQueue
-from vdev.net.features import Feature
+from vdev.net.features import Feature, mask
 from vdev.testing.rig import joined
 
 EVENT = 1 << EVENT_IDX
+PACKED = mask(Feature.RING_PACKED)
 MERGEABLE = 1 << Feature.MRG_RXBUF
 HEADER = 12
 STAMP = struct.Struct("<QII")
@@ -27,7 +30,8 @@ AT_STAMP = HEADER + len(ETHERNET_PREFIX)
 @contextlib.contextmanager
 def loaded(role: Role, features: int = 0, size: int = 16, **load: object):
     """A generator, its queue, and the device's half for a test to play."""
-    with (GuestMemory() as memory, joined(size, features, 0xFFF0, memory) as (driver, device),
+    base = None if features & PACKED else 0xFFF0
+    with (GuestMemory() as memory, joined(size, features, base, memory) as (driver, device),
           LoadGenerator(driver, role, **{"stall_ms": 5000, **load}) as generator):
         yield generator, driver, device
 
@@ -51,7 +55,14 @@ def call(driver: DriverQueue) -> None:
         call_fd.write(struct.pack("<Q", 1))
 
 
-def use(driver: DriverQueue, device: VirtQueue, used: list[tuple[Chain | int, int]]) -> None:
+class Claimed(NamedTuple):
+    """What a device may push that never was a chain."""
+
+    head: int
+    slots: int = 1
+
+
+def use(driver: DriverQueue, device: VirtQueue, used: list[tuple[Chain | Claimed, int]]) -> None:
     """Push and publish, and call if the driver wants it."""
     for chain, written in used:
         device.push(chain, written)
@@ -149,7 +160,7 @@ def test_head_that_is_not_outstanding(pieces, head):
     def misbehave(driver, device):
         popped = chains(device, 4)
         bad = popped[0].head if head == "again" else head
-        use(driver, device, [*((chain, 0) for chain in popped[:3]), (bad, 0)])
+        use(driver, device, [*((chain, 0) for chain in popped[:3]), (Claimed(bad), 0)])
 
     assert accused(Role.TRANSMIT, misbehave, frames=4, pieces=pieces) == {"unknown_head": 1}
 
@@ -234,6 +245,24 @@ def test_lost_repeated_and_reordered():
     sent = frames(6)
     stats = received(sent[0], sent[3], sent[3], sent[2], sent[5])
     assert (stats.frames, stats.lost, stats.errors) == (3, 3, {"bad_order": 2})
+
+
+@pytest.mark.parametrize("flags, off_wrap", [(3, 0), (2, 0), (4, 0)])
+def test_device_event_that_means_nothing(flags, off_wrap):
+    """2.8.10: 3 is reserved, and DESC (2) needs EVENT_IDX."""
+    with loaded(Role.TRANSMIT, PACKED, frames=1) as (generator, driver, device):
+        driver.ring.device_event.off_wrap, driver.ring.device_event.flags = off_wrap, flags
+        generator.start()
+        chains(device, 1)
+        assert generator.stats().errors == {"bad_event": 1}
+
+
+def test_device_event_outside_the_ring():
+    with loaded(Role.TRANSMIT, PACKED | EVENT, frames=1) as (generator, driver, device):
+        driver.ring.device_event.off_wrap, driver.ring.device_event.flags = 0x8000 + driver.ring.size, 2
+        generator.start()
+        chains(device, 1)
+        assert generator.stats().errors == {"bad_event": 1}
 
 
 def test_every_error_has_a_test():

@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from ring.driver import RingFull
+from ring.driver import GuestMemory, RingFull
 from ring.errors import QueueBusy
 from ring.loadgen import LoadGenerator, Role
 from ring.pump import LaneEvent
@@ -26,7 +26,13 @@ from vdev.testing.rig import DeviceSide, pumped
 BASE = mask(Feature.VERSION_1, Feature.INDIRECT_DESC, Feature.EVENT_IDX)
 MERGEABLE = BASE | mask(Feature.MRG_RXBUF)
 PLAIN = mask(Feature.VERSION_1)
+PACKED = mask(Feature.RING_PACKED)
+IN_ORDER = mask(Feature.IN_ORDER)
 MAX_FRAME = 65550
+
+either_format = pytest.mark.parametrize("ring", [0, PACKED], ids=["split", "packed"])
+every_ring = pytest.mark.parametrize("ring", [0, PACKED, IN_ORDER, PACKED | IN_ORDER],
+                                     ids=["split", "packed", "split_in_order", "packed_in_order"])
 
 
 # No two places in a frame look alike, and neither do two frames in a row.
@@ -52,10 +58,11 @@ def receive(driver: NetDriver) -> Received:
 @pytest.mark.parametrize("features", [PLAIN, MERGEABLE])
 @pytest.mark.parametrize("length", [14, 60, 1514, 9000, MAX_FRAME])
 @pytest.mark.parametrize("cuts, direct", [((), None), ((12,), None), ((5, 11, 13), None), ((12, 20), 0), ((1, 12), 1)])
-def test_frame_from_guest(features, length, cuts, direct):
-    if direct is not None and features == PLAIN:
+@either_format
+def test_frame_from_guest(ring, features, length, cuts, direct):
+    if features == PLAIN or (ring and direct):  # a packed ring's chain is not of both kinds
         direct = None
-    with pumped(features) as (driver, device):
+    with pumped(features | ring) as (driver, device):
         frame = pattern(length)
         driver.transmit(frame, cuts=cuts, direct=direct)
         assert device.receive() == (NetHeader(), frame)
@@ -64,8 +71,9 @@ def test_frame_from_guest(features, length, cuts, direct):
         assert (stats.frames, stats.bytes, stats.dropped) == (1, length, {})
 
 
-def test_frames_keep_their_order_and_their_headers():
-    with pumped(MERGEABLE | mask(Feature.CSUM)) as (driver, device):
+@every_ring
+def test_frames_keep_their_order_and_their_headers(ring):
+    with pumped(MERGEABLE | mask(Feature.CSUM) | ring) as (driver, device):
         headers = [NetHeader(flags=NEEDS_CSUM, csum_start=14 + i, csum_offset=i % 7) for i in range(200)]
         for i, header in enumerate(headers):
             driver.offer(pattern(100 + i, i), header)
@@ -87,9 +95,10 @@ def test_port_without_header():
         assert (received.header, received.frame) == (NetHeader(num_buffers=1), pattern(90))
 
 
-def test_full_wire_holds_frames_back_and_loses_none():
+@every_ring
+def test_full_wire_holds_frames_back_and_loses_none(ring):
     """F23: the chain goes back into the ring, and the pump sleeps until the wire is writable."""
-    with pumped(size=256) as (driver, device):
+    with pumped(MERGEABLE | ring, size=256) as (driver, device):
         sent = received = 0
         with contextlib.suppress(RingFull):
             while True:  # more than the wire and the ring hold
@@ -108,8 +117,9 @@ def test_full_wire_holds_frames_back_and_loses_none():
         assert (device.from_guest.frames, device.from_guest.dropped) == (sent, {})
 
 
-def test_null_port():
-    with pumped(to_port=-1, from_port=-1) as (driver, device):
+@every_ring
+def test_null_port(ring):
+    with pumped(MERGEABLE | ring, to_port=-1, from_port=-1) as (driver, device):
         for i in range(50):
             driver.offer(pattern(60, i))
         driver.transmitq.submit()
@@ -122,10 +132,11 @@ def test_null_port():
 
 @pytest.mark.parametrize("features, buffer_size", [
     (PLAIN, 12 + MAX_FRAME), (MERGEABLE, 1536), (MERGEABLE, 12 + MAX_FRAME), (MERGEABLE, 600)])
-def test_R53_frames_to_guest_of_every_length(features, buffer_size):
+@every_ring
+def test_R53_frames_to_guest_of_every_length(ring, features, buffer_size):
     """Short after long and long after short: the pump guesses the next frame's length from the last."""
     lengths = [14, 60, 1514, 1524, 1525, MAX_FRAME, 60, 9000, 65, MAX_FRAME, MAX_FRAME - 1, 3060, 3061, 14]
-    with pumped(features, buffer_size=buffer_size) as (driver, device):
+    with pumped(features | ring, buffer_size=buffer_size) as (driver, device):
         driver.fill()
         for i, length in enumerate(lengths):
             device.send(pattern(length, i))
@@ -139,8 +150,9 @@ def test_R53_frames_to_guest_of_every_length(features, buffer_size):
 
 
 @pytest.mark.parametrize("pieces", [[12, 1514], [1, 11, 3, 2000], [5, 5, 5, 1600], [13, 1600], [12, 1, 1, 2000]])
-def test_receive_buffer_in_pieces(pieces):
-    with pumped(PLAIN) as (driver, device):
+@either_format
+def test_receive_buffer_in_pieces(ring, pieces):
+    with pumped(PLAIN | ring) as (driver, device):
         for _ in range(3):
             driver.receiveq.post(writable=pieces)
         driver.receiveq.submit()
@@ -158,8 +170,9 @@ def test_header_for_the_guest_is_made_by_us():
         assert receive(driver).header == NetHeader(flags=3, csum_start=34, csum_offset=16, num_buffers=1)
 
 
-def test_R52_N24_no_buffers_hold_frames_back_and_lose_none():
-    with pumped(size=16) as (driver, device):
+@either_format
+def test_R52_N24_no_buffers_hold_frames_back_and_lose_none(ring):
+    with pumped(MERGEABLE | ring, size=16) as (driver, device):
         sent = 0
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -177,14 +190,15 @@ def test_R52_N24_no_buffers_hold_frames_back_and_lose_none():
 
 
 @pytest.mark.parametrize("features", [MERGEABLE, MERGEABLE & ~mask(Feature.EVENT_IDX)])
-def test_R48_frame_waits_for_the_buffers_it_lacks(features):
+@every_ring
+def test_R48_frame_waits_for_the_buffers_it_lacks(ring, features):
     """Nothing is published before all of it fits, and each buffer posted meanwhile wakes the pump."""
-    with pumped(features, buffer_size=1000, size=16) as (driver, device):
+    with pumped(features | ring, buffer_size=1000, size=16) as (driver, device):
         device.send(pattern(4500))
         for _ in range(4):
             driver.fill(1)
             assert not driver.receiveq.wait(0.05)
-            assert driver.receiveq.ring.used.idx == 0
+            assert driver.receiveq.ring.pending() == 0
         driver.fill(1)
         received = receive(driver)
         assert (received.frame, received.buffers) == (pattern(4500), 5)
@@ -207,9 +221,10 @@ def test_mtu_that_was_negotiated_is_kept():
 # ---------------------------------------------------------------------------------- disabled, lent, stopped
 
 
-def test_disabled_queues():
+@every_ring
+def test_disabled_queues(ring):
     """A disabled transmitq is drained and dropped, a disabled receiveq gets nothing and loses nothing."""
-    with pumped(attach=False) as (driver, device):
+    with pumped(MERGEABLE | ring, attach=False) as (driver, device):
         device.config.from_guest.enabled = device.config.to_guest.enabled = False
         device.attach()
         driver.fill()
@@ -249,9 +264,10 @@ def test_lent_queue_refuses_step_calls():
         assert driver.reclaim() == 1
 
 
-def test_queue_is_looked_at_once_without_a_kick():
+@either_format
+def test_queue_is_looked_at_once_without_a_kick(ring):
     """P86: what was made available before the kick descriptor came would wait for ever otherwise."""
-    with pumped(attach=False) as (driver, device):
+    with pumped(MERGEABLE | ring, attach=False) as (driver, device):
         driver.offer(pattern(60))
         driver.transmitq.publish()
         device.send(pattern(61))
@@ -262,8 +278,9 @@ def test_queue_is_looked_at_once_without_a_kick():
         assert driver.receive_within(10, refill=False).frame == pattern(61)
 
 
-def test_queue_without_kick_descriptor_is_polled():
-    with pumped(attach=False) as (driver, device):
+@either_format
+def test_queue_without_kick_descriptor_is_polled(ring):
+    with pumped(MERGEABLE | ring, attach=False) as (driver, device):
         device.config.from_guest.kick = device.config.to_guest.kick = -1
         device.attach()
         time.sleep(0.02)
@@ -355,13 +372,15 @@ LOADS = {
 
 @pytest.mark.parametrize("features", [PLAIN, BASE, MERGEABLE], ids=["plain", "event_idx", "mergeable"])
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
-def test_every_frame_comes_round_whole_and_in_order(features, load):
+@every_ring
+def test_every_frame_comes_round_whole_and_in_order(ring, features, load):
     """The driver in C sends and receives on its own threads and checks every byte, index and notification."""
+    features |= ring
     if load.get("indirect"):
         features |= mask(Feature.INDIRECT_DESC)
     frame_bytes = load.get("frame_bytes", 1514)
     room = {"frame_bytes": 1524 if features & mask(Feature.MRG_RXBUF) else frame_bytes}
-    frames = 10_000
+    frames = 5_000
     with (pumped(features, loop=True) as (driver, device),
           LoadGenerator(driver.receiveq, Role.RECEIVE, frames=frames, busy_poll=load.get("busy_poll", False),
                         **room) as sink,
@@ -381,14 +400,30 @@ def test_every_frame_comes_round_whole_and_in_order(features, load):
         assert sent.kicks <= sent.publications
 
 
-def test_F20_stopping_in_the_middle_loses_and_repeats_nothing():
-    with (pumped(loop=True) as (driver, device),
+@pytest.mark.parametrize("size", [3, 100, 32768])
+def test_packed_ring_of_any_size_under_load(size):
+    frames = 5_000
+    with (GuestMemory(128 << 20) as memory,
+          pumped(MERGEABLE | PACKED, memory, loop=True, size=size) as (driver, device),
+          LoadGenerator(driver.receiveq, Role.RECEIVE, frames=frames, frame_bytes=1524) as sink,
+          LoadGenerator(driver.transmitq, Role.TRANSMIT, frames=frames, frame_bytes=700, pieces=2) as source):
+        sink.start()
+        source.start()
+        assert source.wait(60) and sink.wait(60)
+        sent, arrived = source.stats(), sink.stats()
+        device.detach()
+        assert not sent.errors and not arrived.errors
+        assert (sent.frames, arrived.frames, arrived.lost) == (frames, frames, 0)
+
+
+@every_ring
+def test_F20_stopping_in_the_middle_loses_and_repeats_nothing(ring):
+    with (pumped(MERGEABLE | ring, loop=True) as (driver, device),
           LoadGenerator(driver.receiveq, Role.RECEIVE) as sink,
           LoadGenerator(driver.transmitq, Role.TRANSMIT, batch=3) as source):
         sink.start()
         source.start()
-        device_writes = [(queue.ring.used.gpa, queue.ring.layout.used_bytes)
-                         for queue in (driver.receiveq, driver.transmitq)]
+        device_writes = [queue.ring.areas.device for queue in (driver.receiveq, driver.transmitq)]
         for i in range(300):
             if i % 3:
                 time.sleep(0.001)

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from ring.driver import Buffer, Extent, GuestMemory
-from ring.driver_split import DESC_F_INDIRECT
+from ring.driver_parts import DESC_F_INDIRECT
 from ring.pump import LaneEvent
 from vdev.net.features import Feature, mask
 from vdev.testing.netdriver import NetHeader
@@ -151,16 +151,19 @@ TWO = [Extent(0, 8 << 20, uva=1 << 40), Extent(1 << 30, 1 << 20, uva=1 << 41)]
 
 
 @pytest.mark.parametrize("what", ["rings", "frame", "header", "table", "receive_buffer", "receive_header"])
-def test_F25_memory_truncated_under_the_pump(what):
+@pytest.mark.parametrize("ring", [0, mask(Feature.RING_PACKED)], ids=["split", "packed"])
+def test_F25_memory_truncated_under_the_pump(ring, what):
     """The device is lost and says so; the guest beside it, in the same worker, loses no frame."""
     with (pumped() as (neighbour, beside), GuestMemory(extents=TWO) as memory,
-          pumped(memory=memory, attach=False) as (driver, device)):
+          pumped(MERGEABLE | ring, memory=memory, attach=False) as (driver, device)):
         apart = memory.alloc(4096, region=1)  # what vanishes, but for the rings
         kept = memory.alloc(4096)
         device.lane.configure(device.config)
         beside.pump.attach(device.lane)
         transmit, post = driver.transmitq.add, driver.receiveq.add
-        if what == "table":
+        if what == "table" and ring:
+            driver.transmitq.ring.offer([(apart, 32, DESC_F_INDIRECT)], 0)
+        elif what == "table":
             driver.transmitq.ring.desc[0].set(apart, 32, DESC_F_INDIRECT)
             driver.transmitq.ring.offer(0)
         elif what == "frame":

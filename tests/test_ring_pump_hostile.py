@@ -14,7 +14,7 @@ import time
 import pytest
 
 from ring.driver import Buffer
-from ring.driver_split import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
+from ring.driver_parts import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 from ring.pump import LaneEvent
 from vdev.net.features import HOST_GSO, Feature, mask
 from vdev.testing.netdriver import GSO_TCPV4, NEEDS_CSUM, NetDriver, NetHeader
@@ -26,6 +26,7 @@ OFFLOADS = BASE | HOST_GSO | mask(Feature.CSUM)
 FRAME = bytes(range(60))
 GOOD = 255  # a descriptor of each 256-entry transmitq here that is a good frame
 MAX_FRAME = 65550
+either_format = pytest.mark.parametrize("ring", [0, mask(Feature.RING_PACKED)], ids=["split", "packed"])
 
 
 def put_good(driver: NetDriver) -> None:
@@ -205,6 +206,21 @@ def test_R42_empty_transmitted_chain():
         assert device.from_guest.dropped == {"bad_length": 1}
 
 
+def test_R09_packed_ring_without_an_end_breaks_and_is_reported_once():
+    with pumped(MERGEABLE | mask(Feature.RING_PACKED), size=16) as (driver, device):
+        driver.fill()
+        gpa = driver.memory.alloc(64)
+        driver.transmitq.ring.offer([(gpa, 20, DESC_F_NEXT)] * 16, 0)
+        driver.transmitq.submit()
+        assert device.events() == LaneEvent.FROM_GUEST_BROKEN
+        assert device.errors() == (1, 0)
+        assert device.config.from_guest.queue.state.broken.code == "RING_E_ENDLESS"
+        device.send(FRAME)
+        assert driver.receive_within(10).frame == FRAME  # the other direction goes on
+        driver.transmitq.kick()
+        assert device.events(0.05) == LaneEvent(0) and device.errors() == (0, 0)
+
+
 @pytest.mark.parametrize("length", [MAX_FRAME + 1, 200_000, 4 << 20])
 def test_R17_R44_N13_transmitted_chain_longer_than_any_frame(length):
     with pumped() as (driver, device):
@@ -215,9 +231,10 @@ def test_R17_R44_N13_transmitted_chain_longer_than_any_frame(length):
         assert device.from_guest.dropped == {"bad_length": 1}
 
 
-def test_R11_R45_transmitted_frame_in_as_many_pieces_as_there_can_be():
+@either_format
+def test_R11_R45_transmitted_frame_in_as_many_pieces_as_there_can_be(ring):
     data = bytes(12) + bytes(i & 0xFF for i in range(1012))
-    with pumped() as (driver, device):
+    with pumped(MERGEABLE | ring) as (driver, device):
         for pieces in (1023, 1024):
             driver.transmitq.post(readable=[data[i:i + 1] for i in range(pieces)], direct=0)
             driver.transmitq.submit()
@@ -228,8 +245,9 @@ def test_R11_R45_transmitted_frame_in_as_many_pieces_as_there_can_be():
 
 
 @pytest.mark.parametrize("features", [BASE, MERGEABLE])
-def test_R11_R45_receive_buffer_in_as_many_pieces_as_there_can_be(features):
-    with pumped(features) as (driver, device):
+@either_format
+def test_R11_R45_receive_buffer_in_as_many_pieces_as_there_can_be(ring, features):
+    with pumped(features | ring) as (driver, device):
         # no piece is the header's alone: our header, all of them and the tail are what one call takes
         for pieces in (1023, 1022):
             driver.receiveq.post(writable=[13] + [2] * (pieces - 1), direct=0)
@@ -239,8 +257,9 @@ def test_R11_R45_receive_buffer_in_as_many_pieces_as_there_can_be(features):
         assert (device.to_guest.bad_chains, device.to_guest.dropped) == (1, {})
 
 
-def test_R18_readable_descriptor_in_a_receive_chain_is_not_written():
-    with pumped() as (driver, device):
+@either_format
+def test_R18_readable_descriptor_in_a_receive_chain_is_not_written(ring):
+    with pumped(MERGEABLE | ring) as (driver, device):
         kept = driver.memory.alloc(2000)
         driver.memory.write(kept, b"\x77" * 2000)
         room = Buffer(driver.memory.alloc(2000), 2000, writable=True)
@@ -263,20 +282,22 @@ def used_heads(driver: NetDriver, count: int) -> range:
 # --------------------------------------------------------------------------------- receive buffers too small
 
 
-def test_R46_frame_larger_than_the_buffer_without_mergeable_buffers():
-    with pumped(BASE, buffer_size=1000) as (driver, device):
+@either_format
+def test_R46_frame_larger_than_the_buffer_without_mergeable_buffers(ring):
+    with pumped(BASE | ring, buffer_size=1000) as (driver, device):
         driver.fill(2)
         for length in (989, 5000, 988):
             device.send(bytes(length))
         assert len(driver.receive_within(10, refill=False).frame) == 988
         assert device.to_guest.dropped == {"too_small": 2}
-        assert driver.receiveq.ring.used.idx == 1  # the buffer was not used up by what did not fit
+        assert driver.receiveq.ring.pending() == 0  # the buffer was not used up by what did not fit
 
 
 @pytest.mark.parametrize("features", [BASE, MERGEABLE])
 @pytest.mark.parametrize("room", [1, 11])
-def test_R47_receive_buffer_smaller_than_the_header(features, room):
-    with pumped(features) as (driver, device):
+@either_format
+def test_R47_receive_buffer_smaller_than_the_header(ring, features, room):
+    with pumped(features | ring) as (driver, device):
         driver.receiveq.post(writable=[room])
         driver.fill(1)
         device.send(FRAME)
@@ -285,9 +306,10 @@ def test_R47_receive_buffer_smaller_than_the_header(features, room):
         assert (device.to_guest.frames, device.to_guest.dropped) == (1, {})
 
 
-def test_R50_mergeable_buffers_of_one_byte():
+@either_format
+def test_R50_mergeable_buffers_of_one_byte(ring):
     """A frame may take no more chains than the queue has; this one needs more, and there never will be enough."""
-    with pumped(size=16) as (driver, device):
+    with pumped(MERGEABLE | ring, size=16) as (driver, device):
         driver.receiveq.post(writable=[12])
         for _ in range(15):
             driver.receiveq.post(writable=[1])
@@ -299,8 +321,9 @@ def test_R50_mergeable_buffers_of_one_byte():
         assert device.to_guest.dropped == {"too_small": 1}
 
 
-def test_R48_more_pieces_than_one_call_takes_in_many_buffers():
-    with pumped(size=256) as (driver, device):
+@either_format
+def test_R48_more_pieces_than_one_call_takes_in_many_buffers(ring):
+    with pumped(MERGEABLE | ring, size=256) as (driver, device):
         for _ in range(256):
             driver.receiveq.post(writable=[12, 3, 3, 3, 3, 3], direct=0)  # 1536 pieces in all
         driver.receiveq.submit()
@@ -379,10 +402,11 @@ def test_R32_header_rewritten_while_it_is_checked():
 # ----------------------------------------------------------------------------------------- nothing uncounted
 
 
-def test_every_frame_is_counted_exactly_once():
+@either_format
+def test_every_frame_is_counted_exactly_once(ring):
     """A thousand chains of every kind, in any order: sent, or lost for one reason; and so for the way back."""
     choose = random.Random(4)
-    with pumped(OFFLOADS | mask(Feature.MRG_RXBUF), size=256) as (driver, device):
+    with pumped(OFFLOADS | mask(Feature.MRG_RXBUF) | ring, size=256) as (driver, device):
         kinds = {
             "sent": (FRAME, NetHeader()),
             "bad_header": (FRAME, NetHeader(gso_type=0x7F)),

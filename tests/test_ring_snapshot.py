@@ -12,15 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ring.driver import DriverQueue, Extent, GuestMemory
-from ring.driver_split import (
-    DESC_F_INDIRECT,
-    DESC_F_NEXT,
-    DESC_F_WRITE,
-    DESCRIPTOR,
-    EVENT_IDX,
-    INDIRECT_DESC,
-    DescriptorTable,
-)
+from ring.driver_parts import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, EVENT_IDX, INDIRECT_DESC
+from ring.driver_split import DESCRIPTOR, DescriptorTable
 from ring.errors import ChainError, RingBroken, RingError
 from ring.virtqueue import CallReason
 from vdev.testing.rig import DeviceSide, joined, table

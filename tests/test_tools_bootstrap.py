@@ -149,7 +149,7 @@ class Project:
         for folder in ("ring/core", "ring/plane"):
             (root / folder).mkdir(parents=True)
         (root / "pyproject.toml").write_text("[project]\n")
-        (root / "ring/core/split.c").write_text("int a;\n")
+        (root / "ring/core/verbs.c").write_text("int a;\n")
         monkeypatch.setattr(bootstrap, "PROJECT", root)
         monkeypatch.setattr(bootstrap, "VENV", root / ".venv")
         monkeypatch.setattr(bootstrap, "PYTHON", root / ".venv/bin/python")
@@ -189,7 +189,7 @@ def test_venv_is_made_once(bootstrap: ModuleType, project: Project) -> None:
     assert project.taken() == []
 
 
-@pytest.mark.parametrize("changed", ["pyproject.toml", "ring/core/split.c", "ring/plane/pump.c"])
+@pytest.mark.parametrize("changed", ["pyproject.toml", "ring/core/verbs.c", "ring/plane/pump.c"])
 def test_change_of_what_it_is_built_from_installs_again(bootstrap: ModuleType, project: Project,
                                                         changed: str) -> None:
     bootstrap.ensure_venv()

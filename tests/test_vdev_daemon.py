@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ring.driver_split import RingFull
+from ring.driver_parts import RingFull
 from vdev.config import DeviceConfig
 from vdev.daemon import fitted
 from vdev.errors import Failure

@@ -98,8 +98,9 @@ def _places(addr: VringAddr) -> tuple[int, int, int]:
     return addr.desc, addr.avail, addr.used
 
 
-def set_vring_base(_offer: Offer, _state: State, payload: VringState, _fds: int) -> None:
-    if payload.num > 0xFFFF:
+def set_vring_base(_offer: Offer, state: State, payload: VringState, _fds: int) -> None:
+    # A packed ring's base has two positions in 32 bits ("... for packed virtqueues").
+    if payload.num > 0xFFFF and not state.has_virtio(VirtioBit.RING_PACKED):
         raise Refused(f"base {payload.num:#x} does not fit in 16 bits",
                       "the front-end must send the next available index",
                       "A vring descriptor index for split virtqueues")

@@ -107,7 +107,7 @@ static bool reclaim(struct driver *d, int n)
             error(d, DRIVER_E_LENGTH);
             return false;
         }
-        d->free_slots[d->free_count++] = (uint32_t)slot;
+        give_slot(d, (uint32_t)slot);
         count(&d->stats.frames, 1);
         count(&d->stats.bytes, d->config.frame_bytes);
     }
@@ -118,7 +118,7 @@ static void transmit(struct driver *d)
 {
     while (d->left > 0 || d->outstanding > 0) {
         for (uint32_t i = 0; i < d->config.batch && d->left > 0 && d->free_count > 0; i++) {
-            uint32_t slot = d->free_slots[--d->free_count];
+            uint32_t slot = take_slot(d);
             make_frame(d, buffer(d, slot));
             offer(d, slot);
             d->left--;
@@ -182,7 +182,7 @@ static bool received_all(const struct driver *d)
 static void receive(struct driver *d)
 {
     while (d->free_count > 0)
-        offer(d, d->free_slots[--d->free_count]);
+        offer(d, take_slot(d));
     submit(d);
     while (!received_all(d) && !stopped(d)) {
         int n = pending(d);
@@ -223,16 +223,27 @@ static uint64_t stride(const struct driver_config *c)
     return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
+static uint32_t per_slot(const struct driver_config *c)
+{
+    return c->indirect ? 1 : c->pieces;
+}
+
 static uint32_t slots(const struct driver_config *c)
 {
-    return c->indirect ? c->size : c->size / c->pieces;
+    return c->size / per_slot(c);
+}
+
+static bool is_packed(const struct driver_config *c)
+{
+    return c->features >> FEATURE_RING_PACKED & 1;
 }
 
 static bool sensible(const struct driver_config *c)
 {
     return (c->role == DRIVER_TRANSMIT || c->role == DRIVER_RECEIVE) && c->size > 0 &&
-           c->size <= RING_QUEUE_SIZE_MAX && (c->size & (c->size - 1)) == 0 && c->batch > 0 && c->pieces > 0 &&
-           c->pieces <= DRIVER_PIECES_MAX && slots(c) > 0 && c->frame_bytes <= FRAME_MAX &&
+           c->size <= RING_QUEUE_SIZE_MAX && c->batch > 0 && c->pieces > 0 && c->pieces <= DRIVER_PIECES_MAX &&
+           slots(c) > 0 && c->frame_bytes <= FRAME_MAX &&
+           (is_packed(c) ? (c->base & 0x7fff) < c->size : (c->size & (c->size - 1)) == 0) &&
            c->prefix_bytes >= 14 && c->prefix_bytes <= sizeof(c->prefix) && c->frame_bytes >= c->pieces &&
            (c->role == DRIVER_RECEIVE || c->frame_bytes >= c->prefix_bytes + sizeof(struct stamp));
 }
@@ -255,18 +266,26 @@ struct driver *driver_new(const struct driver_config *config)
     d->desc = (void *)config->desc;
     d->avail = (void *)config->avail;
     d->used = (void *)config->used;
+    d->is_packed = is_packed(config);
     d->event_idx = config->features >> FEATURE_EVENT_IDX & 1;
+    d->in_order = config->features >> FEATURE_IN_ORDER & 1;
     d->mergeable = config->features >> FEATURE_MRG_RXBUF & 1;
-    d->next_avail = d->published = d->kick_decided = d->next_used = (uint16_t)config->base;
+    uint32_t base = config->base;
+    if (d->is_packed) /* the position of slot and wrap counter */
+        base = (base & 0x7fff) + (base & 0x8000 ? 0 : config->size);
+    d->next_avail = d->published = d->kick_decided = d->next_used = d->looked = (uint16_t)base;
     d->left = config->frames ? config->frames : UINT64_MAX;
     d->slots = slots(config);
+    d->per_slot = per_slot(config);
     d->stride = stride(config);
     d->free_slots = calloc(d->slots, sizeof(*d->free_slots));
     d->busy = calloc(d->slots, sizeof(*d->busy));
+    d->name = calloc(d->slots, sizeof(*d->name));
+    d->slot_of = calloc(config->size, sizeof(*d->slot_of));
     d->frame = malloc(FRAME_MAX);
     d->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     d->ended = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (!d->free_slots || !d->busy || !d->frame || d->stop < 0 || d->ended < 0) {
+    if (!d->free_slots || !d->busy || !d->name || !d->slot_of || !d->frame || d->stop < 0 || d->ended < 0) {
         driver_free(d);
         errno = ENOMEM;
         return NULL;
@@ -330,6 +349,8 @@ void driver_free(struct driver *d)
         close(d->ended);
     free(d->free_slots);
     free(d->busy);
+    free(d->name);
+    free(d->slot_of);
     free(d->frame);
     free(d);
 }

@@ -1,5 +1,5 @@
 /*
- * The contract of the load generator: a driver's half of one split virtqueue as a thread in C, which sends
+ * The contract of the load generator: a driver's half of one virtqueue as a thread in C, which sends
  * or receives stamped frames as fast as the device lets it and checks everything the device does. Word for
  * word the cffi definition of its module ring._driver (ring/_build_driver.py), so only declarations.
  * Never part of a daemon.
@@ -17,26 +17,28 @@ enum driver_role {
 
 /* What the device did wrong, by kind; the first five end the thread, for nothing after them has meaning. */
 enum driver_error {
-    DRIVER_E_AHEAD = 0,    /* used.idx ahead of ours by more than the queue size */
+    DRIVER_E_AHEAD = 0,    /* used.idx ahead of ours by more than the queue size; packed: flags out of turn */
     DRIVER_E_HEAD = 1,     /* a used element names a chain that is not outstanding */
-    DRIVER_E_LENGTH = 2,   /* used.len larger than the buffer, or not 0 on a transmitq, or less than a header */
+    DRIVER_E_LENGTH = 2,   /* used.len larger than the buffer, or not 0 on a transmitq, or less than a header;
+                            * packed: a length without WRITE, or WRITE without a length */
     DRIVER_E_MERGE = 3,    /* num_buffers 0, or more than 1 without MRG_RXBUF, or more than were used */
     DRIVER_E_STALL = 4,    /* no progress within stall_ms: a lost kick, or a device that stands still */
     DRIVER_E_CALL = 5,     /* used chains waited and the call that was due did not come */
     DRIVER_E_STAMP = 6,    /* the checksum or the length is wrong */
     DRIVER_E_BODY = 7,     /* the body is not the one that belongs to the sequence number */
     DRIVER_E_ORDER = 8,    /* a sequence number seen before: repeated or reordered */
-    DRIVER_ERRORS = 9
+    DRIVER_E_EVENT = 9,    /* packed: the device event suppression structure means nothing */
+    DRIVER_ERRORS = 10
 };
 
 struct driver_config {
     int32_t role;        /* enum driver_role */
-    uint32_t size;       /* descriptors, a power of two */
-    uint32_t base;       /* value of both indices at the start */
-    uint64_t features;   /* negotiated; EVENT_IDX, INDIRECT_DESC and MRG_RXBUF matter */
+    uint32_t size;       /* descriptors; of a split ring a power of two */
+    uint32_t base;       /* where both sides start, as SET_VRING_BASE encodes it (packed: the low half counts) */
+    uint64_t features;   /* negotiated; RING_PACKED, IN_ORDER, EVENT_IDX and MRG_RXBUF matter */
     uint8_t *desc;       /* the ring's parts, where this process has them */
-    uint8_t *avail;
-    uint8_t *used;
+    uint8_t *avail;      /* packed: the driver's and... */
+    uint8_t *used;       /* ...the device's event suppression structure */
     uint8_t *area;       /* buffers, driver_area_bytes() long */
     uint64_t area_gpa;   /* where the device finds them */
     int32_t kick;        /* eventfds; they stay the caller's */
@@ -64,11 +66,11 @@ struct driver_stats {
     uint64_t lost;         /* sequence numbers that never came */
     uint64_t foreign;      /* received frames that are not ours */
     uint64_t buffers;      /* chains the device has used */
-    uint64_t publications; /* stores of avail.idx */
+    uint64_t publications; /* stores of avail.idx; packed: of flags that had been held back */
     uint64_t kicks;        /* notifications sent */
     uint64_t calls;        /* notifications received */
     uint64_t sleeps;
-    uint64_t errors[9];    /* by enum driver_error */
+    uint64_t errors[10];   /* by enum driver_error */
 };
 
 struct driver;

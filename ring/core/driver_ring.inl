@@ -1,19 +1,15 @@
-/* The driver's half of a split ring: chains out, used elements in, notifications both ways, waiting. What
- * the load generator (driver.c) stands on.
+/* The driver's half of a virtqueue: chains out, used chains in, notifications both ways, waiting. What the
+ * load generator (driver.c) stands on; the two formats are driver_split.inl and driver_packed.inl.
  *
  * It is written against the device, not with it: its own indices, its own idea of what is outstanding,
- * nothing shared with split.inl but the layout of the ring (internal.h).
+ * nothing shared with split.inl and packed.inl but the layout of the ring (internal.h).
  *
- * Descriptors are shared out for good: a slot is one frame's `pieces` descriptors of the ring (or one, and
- * a table in the slot's memory) and one buffer. They are still written anew for each frame, as a real
- * driver does, so that a device which reads them too early reads something old.
+ * A slot is one frame's buffer (and indirect table). Each offer describes it anew, as a real driver does, so
+ * that a device which reads descriptors too early reads something old. A chain goes by its name: the index of
+ * its first descriptor (split), its buffer id (packed).
  *
- * Ordering (virtio 1.2, 2.7.13, 2.7.14). Four accesses pair with the device's:
- *     publish      store-release avail.idx    device: load-acquire avail.idx (split_see)
- *     kick_is_due  full barrier, then flags   device: store flags/avail_event, full barrier, look again (split_arm)
- *     pending      load-acquire used.idx      device: store-release used.idx (split_publish)
- *     want_calls   store used_event, full     device: store used.idx, full barrier, load used_event (split_decide)
- *                  barrier, look again
+ * In order (VIRTIO_F_IN_ORDER) slots are taken and come back in turn, and one used entry may complete a
+ * batch: it names the last chain, those before it count as completely used (virtio 1.2, 2.7.9, 2.8.9).
  */
 #include <poll.h>
 #include <pthread.h>
@@ -26,30 +22,56 @@
 
 #define HEADER 12
 #define ALIGNMENT 64
-#define SPINS 256          /* looks at used.idx between two yields */
+#define SPINS 256          /* looks at the ring between two yields */
 #define CALL_GRACE_MS 1000 /* twice this without a call that is due, and it counts as lost */
 
 struct driver {
     struct driver_config config;
     struct driver_stats stats;
-    struct vring_desc *desc;
-    struct vring_avail *avail;
-    struct vring_used *used;
+    union { /* split | packed */
+        struct vring_desc *desc;
+        struct packed_desc *packed;
+    };
+    union {
+        struct vring_avail *avail;
+        struct packed_event *driver_event;
+    };
+    union {
+        struct vring_used *used;
+        struct packed_event *device_event;
+    };
+    bool is_packed;
     bool event_idx;
+    bool in_order;
     bool mergeable;
 
+    /* Split: free-running indices. Packed: positions, which count on through two laps of the ring; in the
+     * first the wrap counter is 1. */
     uint16_t next_avail; /* next entry to fill */
     uint16_t published;
     uint16_t kick_decided; /* `published` at the last kick decision */
     uint16_t next_used;
+    uint16_t next_desc;    /* split, in order: next descriptor of the table */
+    bool holding;          /* packed: the first descriptor not published yet waits for its flags... */
+    uint16_t held_flags;   /* ...these */
+    uint16_t looked;       /* packed: up to here used descriptors were counted... */
+    uint32_t known;        /* ...so many chains, not taken yet */
     uint64_t sequence; /* next to send, or expected */
     uint64_t left;     /* frames still to be offered (transmit) */
 
     uint32_t slots, outstanding;
+    uint32_t per_slot; /* descriptors of the ring that a slot takes */
     uint64_t stride;
     uint32_t free_count;
-    uint32_t *free_slots;
+    uint32_t *free_slots; /* not in order: a stack */
+    uint32_t next_slot;   /* in order: next to take */
+    uint32_t first_slot;  /* in order: the one that has been outstanding for the longest time */
+    uint32_t *name;       /* [slots]: of the chain that is outstanding there */
+    uint32_t *slot_of;    /* [size]: by name */
     bool *busy;
+    uint32_t batch;         /* chains left of the used entry being taken */
+    uint32_t batch_written; /* what it says of the last */
+    uint32_t batch_slot;
     uint8_t *frame; /* a received frame put together */
 
     pthread_t thread;
@@ -76,83 +98,100 @@ static uint64_t now_ms(void)
     return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
 }
 
-/* ----------------------------------------------------------------------------------------- the ring */
-
-static uint16_t *used_event(struct driver *d) { return &d->avail->ring[d->config.size]; }
-static uint16_t *avail_event(struct driver *d) { return (uint16_t *)&d->used->ring[d->config.size]; }
-
-/* Was index `event` passed when an index moved from `old` to `new`? (2.7.10) */
-static bool passed(uint16_t event, uint16_t new, uint16_t old)
-{
-    return (uint16_t)(new - event - 1) < (uint16_t)(new - old);
-}
+/* ---------------------------------------------------------------------------------------- slots */
 
 static uint64_t table_bytes(const struct driver_config *c)
 {
     return c->indirect ? sizeof(struct vring_desc) * c->pieces : 0;
 }
 
+static uint64_t table_gpa(const struct driver *d, uint32_t slot)
+{
+    return d->config.area_gpa + slot * d->stride;
+}
+
+static uint8_t *table(const struct driver *d, uint32_t slot)
+{
+    return d->config.area + slot * d->stride;
+}
+
 static uint8_t *buffer(struct driver *d, uint32_t slot)
 {
-    return d->config.area + slot * d->stride + table_bytes(&d->config);
+    return table(d, slot) + table_bytes(&d->config);
 }
 
-/* Describe the slot's buffer: the header, then the frame in equal parts. */
-static void write_descriptors(struct driver *d, uint32_t slot)
+/* Take a free slot; there is one. */
+static uint32_t take_slot(struct driver *d)
+{
+    d->free_count--;
+    if (!d->in_order)
+        return d->free_slots[d->free_count];
+    uint32_t slot = d->next_slot;
+    d->next_slot = (slot + 1) % d->slots;
+    return slot;
+}
+
+static void give_slot(struct driver *d, uint32_t slot)
+{
+    if (!d->in_order)
+        d->free_slots[d->free_count] = slot;
+    d->free_count++;
+}
+
+/* Piece i of a slot's buffer as a descriptor has it: the header, then the frame in equal parts. */
+struct part {
+    uint64_t gpa;
+    uint32_t len;
+    uint16_t flags; /* WRITE and NEXT */
+};
+static struct part part_of(const struct driver *d, uint32_t slot, uint32_t i)
 {
     const struct driver_config *c = &d->config;
-    uint64_t table = c->area_gpa + slot * d->stride, gpa = table + table_bytes(c);
-    uint32_t first = c->indirect ? 0 : slot * c->pieces;
-    struct vring_desc *to = c->indirect ? (void *)(c->area + slot * d->stride) : d->desc;
-    uint32_t left = HEADER + c->frame_bytes;
+    uint64_t gpa = table_gpa(d, slot) + table_bytes(c);
+    uint16_t write = c->role == DRIVER_RECEIVE ? DESC_F_WRITE : 0;
 
-    for (uint32_t i = 0; i < c->pieces; i++) {
-        bool last = i == c->pieces - 1;
-        uint32_t part = last ? left : i == 0 ? HEADER : c->frame_bytes / (c->pieces - 1);
-        to[first + i] = (struct vring_desc){
-            .addr = gpa,
-            .len = part,
-            .flags = (uint16_t)((c->role == DRIVER_RECEIVE ? DESC_F_WRITE : 0) | (last ? 0 : DESC_F_NEXT)),
-            .next = (uint16_t)(last ? 0 : first + i + 1),
-        };
-        gpa += part;
-        left -= part;
-    }
-    if (c->indirect)
-        d->desc[slot] = (struct vring_desc){
-            .addr = table, .len = (uint32_t)table_bytes(c), .flags = DESC_F_INDIRECT};
+    if (c->pieces == 1)
+        return (struct part){gpa, HEADER + c->frame_bytes, write};
+    if (i == 0)
+        return (struct part){gpa, HEADER, (uint16_t)(write | DESC_F_NEXT)};
+    uint32_t each = c->frame_bytes / (c->pieces - 1), at = each * (i - 1);
+    if (i < c->pieces - 1)
+        return (struct part){gpa + HEADER + at, each, (uint16_t)(write | DESC_F_NEXT)};
+    return (struct part){gpa + HEADER + at, c->frame_bytes - at, write};
 }
 
+/* -> the slot of the outstanding chain that goes by this name, or -1. */
+static int64_t find_slot(struct driver *d, uint32_t name)
+{
+    uint32_t slot = name < d->config.size ? d->slot_of[name] : 0;
+
+    if (name >= d->config.size || !d->busy[slot] || d->name[slot] != name) {
+        error(d, DRIVER_E_HEAD);
+        return -1;
+    }
+    return slot;
+}
+
+/* How many chains a used entry completes that names the one in `slot`, the first of them in `first`. */
+static uint32_t batch_of(const struct driver *d, uint32_t slot, uint32_t first)
+{
+    return d->in_order ? (slot + d->slots - first) % d->slots + 1 : 1;
+}
+
+/* -------------------------------------------------------------------------------------- the ring */
+
+#include "driver_packed.inl"
+#include "driver_split.inl"
+
+/* Make a slot's chain available; visible to the device after publish. */
 static void offer(struct driver *d, uint32_t slot)
 {
-    uint32_t head = d->config.indirect ? slot : slot * d->config.pieces;
+    uint32_t name = d->is_packed ? packed_offer(d, slot) : split_offer(d, slot);
 
-    write_descriptors(d, slot);
-    /* Relaxed: the release store of idx orders it. */
-    store16(&d->avail->ring[d->next_avail & (d->config.size - 1)], (uint16_t)head);
-    d->next_avail++;
+    d->name[slot] = name;
+    d->slot_of[name] = slot;
     d->busy[slot] = true;
     d->outstanding++;
-}
-
-static void publish(struct driver *d)
-{
-    /* Release: descriptors, entries and buffer contents before idx (2.7.13.3). */
-    store16_release(&d->avail->idx, d->next_avail);
-    d->published = d->next_avail;
-    count(&d->stats.publications, 1);
-}
-
-static bool kick_is_due(struct driver *d)
-{
-    uint16_t before = d->kick_decided;
-
-    d->kick_decided = d->published;
-    /* Full: idx visible before the device's wish is read (2.7.13.4). The device does the mirror image. */
-    full_barrier();
-    if (d->event_idx)
-        return passed(load16(avail_event(d)), d->published, before);
-    return d->published != before && !(load16(&d->used->flags) & USED_F_NO_NOTIFY);
 }
 
 static void submit(struct driver *d)
@@ -161,58 +200,57 @@ static void submit(struct driver *d)
 
     if (d->published == d->next_avail)
         return;
-    publish(d);
-    if (kick_is_due(d) && write(d->config.kick, &one, sizeof(one)) == sizeof(one))
+    if (d->is_packed)
+        packed_publish(d);
+    else
+        split_publish(d);
+    count(&d->stats.publications, 1);
+    bool due = d->is_packed ? packed_kick_is_due(d) : split_kick_is_due(d);
+    if (due && write(d->config.kick, &one, sizeof(one)) == sizeof(one))
         count(&d->stats.kicks, 1);
 }
 
-/* -> used chains that wait, or -1: the device moved used.idx too far. */
+/* -> used chains that wait, or -1: the ring is nonsense. All that is offered must be published. */
 static int pending(struct driver *d)
 {
-    /* Acquire: elements and buffer contents are read after idx that covers them (2.7.14). */
-    uint16_t n = (uint16_t)(load16_acquire(&d->used->idx) - d->next_used);
-
-    if (n > d->config.size) {
-        error(d, DRIVER_E_AHEAD);
-        return -1;
-    }
-    return n;
+    return d->is_packed ? packed_pending(d) : split_pending(d);
 }
 
 /* Ask for a call after `more` used chains. -> pending(): a call may not come for what is there already. */
 static int want_calls(struct driver *d, uint16_t more)
 {
-    if (d->event_idx)
-        store16(used_event(d), (uint16_t)(d->next_used + more - 1));
-    else
-        store16(&d->avail->flags, 0);
-    /* Full: the wish before the look (2.7.14). */
-    full_barrier();
-    return pending(d);
+    if (d->is_packed)
+        return packed_want_calls(d, more);
+    return split_want_calls(d, more);
 }
 
-/* With EVENT_IDX the event left behind is the refusal; flags must stay 0 there (2.7.10). */
 static void refuse_calls(struct driver *d)
 {
-    if (!d->event_idx)
-        store16(&d->avail->flags, AVAIL_F_NO_INTERRUPT);
+    if (d->is_packed)
+        packed_refuse_calls(d);
+    else
+        split_refuse_calls(d);
 }
 
-/* Take the next used element; one is pending. -> the slot, or -1 for one that is not outstanding. */
+/* Take the next used chain; one is pending. -> its slot, or -1: the used entry is nonsense. */
 static int64_t take_used(struct driver *d, uint32_t *written)
 {
-    /* Relaxed: ordered after the acquire load of idx. */
-    struct vring_used_elem *e = &d->used->ring[d->next_used & (d->config.size - 1)];
-    uint32_t head = __atomic_load_n(&e->id, __ATOMIC_RELAXED);
-    uint32_t per_slot = d->config.indirect ? 1 : d->config.pieces;
-    uint32_t slot = head / per_slot;
-
-    *written = __atomic_load_n(&e->len, __ATOMIC_RELAXED);
-    if (head % per_slot || slot >= d->slots || !d->busy[slot]) {
-        error(d, DRIVER_E_HEAD);
-        return -1;
+    if (d->batch == 0) {
+        int64_t named = d->is_packed ? packed_read_used(d) : split_read_used(d);
+        if (named < 0)
+            return -1;
+        d->batch_slot = (uint32_t)named;
+        d->batch = batch_of(d, d->batch_slot, d->first_slot);
     }
-    d->next_used++;
+    uint32_t slot = d->in_order ? d->first_slot : d->batch_slot;
+    uint32_t all = d->config.role == DRIVER_RECEIVE ? HEADER + d->config.frame_bytes : 0;
+    d->batch--;
+    *written = d->batch == 0 ? d->batch_written : all;
+    d->first_slot = (slot + 1) % d->slots;
+    if (d->is_packed)
+        packed_taken(d);
+    else
+        d->next_used++;
     d->busy[slot] = false;
     d->outstanding--;
     count(&d->stats.buffers, 1);

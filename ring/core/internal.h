@@ -135,12 +135,21 @@ void guard_remove(uint8_t *base);
 
 #define FEATURE_INDIRECT_DESC 28
 #define FEATURE_EVENT_IDX 29
+#define FEATURE_RING_PACKED 34
+#define FEATURE_IN_ORDER 35
 
 #define DESC_F_NEXT 1
 #define DESC_F_WRITE 2
 #define DESC_F_INDIRECT 4
 #define AVAIL_F_NO_INTERRUPT 1
 #define USED_F_NO_NOTIFY 1
+
+#define PACKED_F_AVAIL 0x0080
+#define PACKED_F_USED 0x8000
+#define PACKED_EVENT_ENABLE 0
+#define PACKED_EVENT_DISABLE 1
+#define PACKED_EVENT_DESC 2
+#define PACKED_EVENT_MASK 3
 
 /* virtio 1.2, 2.7.5 "The Virtqueue Descriptor Table" */
 struct vring_desc {
@@ -169,34 +178,67 @@ struct vring_used {
     struct vring_used_elem ring[]; /* [size], then uint16_t avail_event */
 };
 
+/* 2.8.13 "The Virtqueue Descriptor Table": available and used descriptors in one ring */
+struct packed_desc {
+    uint64_t addr;  /* gpa */
+    uint32_t len;
+    uint16_t id;    /* of the buffer; the last one's of a chain counts */
+    uint16_t flags; /* DESC_F_*, PACKED_F_* */
+};
+_Static_assert(sizeof(struct packed_desc) == sizeof(struct vring_desc), "one private copy serves both formats");
+
+/* 2.8.14 "Event Suppression Structure Layout" */
+struct packed_event {
+    uint16_t off_wrap; /* slot, and its wrap counter in bit 15 */
+    uint16_t flags;    /* PACKED_EVENT_* */
+};
+
 /* Where the walker stands in a chain. */
 struct walk {
     bool indirect;       /* in q->table, the private copy, rather than in the ring's table */
     bool writable_seen;  /* a device-writable descriptor was met: no readable one may follow */
-    uint32_t next;       /* index to read */
-    uint32_t entries;    /* of the table it is in */
+    uint32_t next;       /* index to read, in the table it is in (packed: only in an indirect one) */
+    uint32_t entries;    /* of that table */
     uint32_t steps_left; /* bounds the walk by a number the driver cannot write */
 };
 
 struct vq {
     /* configuration: fixed while the ring runs */
     const struct guestmem *mem;
-    struct vring_desc *desc;
-    struct vring_avail *avail;
-    struct vring_used *used;
+    union { /* split | packed */
+        struct vring_desc *desc;
+        struct packed_desc *packed;
+    };
+    union {
+        struct vring_avail *avail;
+        struct packed_event *driver_event;
+    };
+    union {
+        struct vring_used *used;
+        struct packed_event *device_event;
+    };
     struct vq_config config;
     uint32_t size;
-    uint16_t mask;
+    uint16_t mask; /* split */
+    bool is_packed;
     bool indirect;
     bool event_idx;
+    bool in_order;
 
-    /* our own view; guest memory is never read back for any of it. Volatile is not needed: after a fault
-     * the ring is broken for good. */
-    uint16_t next_avail; /* free-running */
-    uint16_t avail_seen;
+    /* Our own view; guest memory is never read back for any of it. Split: free-running indices. Packed:
+     * slots, each with its wrap counter. Volatile is not needed: after a fault the ring is broken for good. */
+    uint16_t next_avail;
     uint16_t next_used;
     uint16_t published;
     uint16_t decided; /* `published` at the last decision */
+    union {
+        uint16_t avail_seen; /* split: avail.idx as last read */
+        uint16_t known;      /* packed: the slot at which nothing was found */
+    };
+    bool avail_wrap, used_wrap, published_wrap, known_wrap;
+    bool holding;        /* packed: the first used entry of the batch waits for its flags... */
+    uint16_t held_flags; /* ...these */
+    uint32_t undecided;  /* packed: slots published since the last decision; no more than two laps are counted */
     bool first_decision;
     bool kicks_wanted;
     int broken;

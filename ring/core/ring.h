@@ -7,7 +7,7 @@
  * Words: the device is our side, the driver is the guest's. An address is a gpa (guest-physical), a uva
  * (front-end virtual, what SET_VRING_ADDR carries) or an hva (ours).
  *
- * Specification: virtio 1.x, "Split Virtqueues" (2.7 in 1.2).
+ * Specification: virtio 1.2, 2.7 "Split Virtqueues" and 2.8 "Packed Virtqueues".
  */
 
 /* ------------------------------------------------------------------------------------- status */
@@ -36,15 +36,17 @@ enum ring_status {
     RING_E_AVAIL_AHEAD = -32,     /* available index ahead by more than the queue size */
     RING_E_HEAD_RANGE = -33,      /* an available entry names a descriptor outside the table */
     RING_E_MEMORY_GONE = -34,     /* the memory under the ring or a buffer vanished (SIGBUS) */
+    RING_E_ENDLESS = -35,         /* packed: a chain goes once around the ring without an end */
 
     /* A request of our own control plane that cannot be met. */
     RING_E_QUEUE_SIZE = -64,      /* zero, above 32768, or (split) not a power of two */
-    RING_E_RING_ALIGNMENT = -65,  /* descriptor table 16, available 2, used 4 bytes */
+    RING_E_RING_ALIGNMENT = -65,  /* split: descriptor table 16, available 2, used 4 bytes; packed: 16, 4, 4 */
     RING_E_RING_UNMAPPED = -66,   /* a ring part is not wholly inside one region */
     RING_E_REGION = -67,          /* size zero, overflow, overlap, or a file too short */
     RING_E_NOMEM = -68,           /* malloc or mmap failed: errno says why */
     RING_E_BUSY = -69,            /* the queue is lent to a pump */
-    RING_E_GUARD = -70            /* the SIGBUS guard is not installed or not effective */
+    RING_E_GUARD = -70,           /* the SIGBUS guard is not installed or not effective */
+    RING_E_BASE = -71             /* packed: the base names a slot outside the ring */
 };
 
 #define RING_QUEUE_SIZE_MAX 32768
@@ -109,18 +111,19 @@ int guard_install(void);
 struct vq;
 
 struct vq_config {
-    uint32_t size;     /* descriptors; a power of two up to 32768 */
-    uint32_t base;     /* next available index, as SET_VRING_BASE encodes it */
-    uint64_t desc;     /* uva of the descriptor table, 16 bytes aligned */
-    uint64_t avail;    /* uva of the available ring, 2 bytes aligned */
-    uint64_t used;     /* uva of the used ring, 4 bytes aligned */
-    uint64_t features; /* negotiated virtio features: INDIRECT_DESC (28), EVENT_IDX (29) matter here */
+    uint32_t size;     /* descriptors; up to 32768, for a split ring a power of two */
+    uint32_t base;     /* where to go on, as SET_VRING_BASE encodes it; see vq_base */
+    uint64_t desc;     /* uva of the descriptor table, or of the packed descriptor ring */
+    uint64_t avail;    /* uva of the available ring, or of the driver event suppression structure */
+    uint64_t used;     /* uva of the used ring, or of the device event suppression structure */
+    uint64_t features; /* negotiated: INDIRECT_DESC (28), EVENT_IDX (29), RING_PACKED (34), IN_ORDER (35) matter */
 };
 
 /* One chain of descriptors, translated. pieces[0, readable) is for the device to read,
  * pieces[readable, readable+writable) for it to write. */
 struct chain {
-    uint32_t head;         /* descriptor index the chain starts at: what the used element names */
+    uint32_t head;         /* what the used entry names: the first descriptor's index (split), the buffer id (packed) */
+    uint32_t slots;        /* entries of the ring it takes: 1 (split), its descriptors in the ring (packed) */
     uint32_t descriptors;  /* descriptors walked, indirect ones included */
     uint32_t readable;
     uint32_t writable;
@@ -133,31 +136,39 @@ struct chain {
 /* Why a used-buffer notification is sent or not: what `vdev step` answers to "why no interrupt?". */
 enum call_reason {
     CALL_NOTHING_NEW = 0,     /* nothing published since the last decision */
-    CALL_FLAG_WANTS = 1,      /* avail.flags is 0 */
-    CALL_FLAG_SUPPRESSED = 2, /* avail.flags has NO_INTERRUPT */
-    CALL_EVENT_REACHED = 3,   /* used_event lies in what was just published */
-    CALL_EVENT_AHEAD = 4,     /* used_event has not been reached */
+    CALL_FLAG_WANTS = 1,      /* avail.flags is 0; packed: the driver's flags are ENABLE */
+    CALL_FLAG_SUPPRESSED = 2, /* avail.flags has NO_INTERRUPT; packed: DISABLE */
+    CALL_EVENT_REACHED = 3,   /* used_event (packed: the driver's offset) lies in what was just published */
+    CALL_EVENT_AHEAD = 4,     /* it has not been reached */
     CALL_FIRST = 5            /* first publication since start: the driver may have missed one */
 };
 
-/* What the rings look like from our side; indices are free-running modulo 65536. */
+/* What the ring looks like from our side. Split: indices are free-running modulo 65536. Packed: indices are
+ * slots, each with its wrap counter. */
 struct vq_state {
+    uint32_t packed;
     uint32_t size;
-    uint32_t next_avail;  /* next available index to take */
-    uint32_t avail_seen;  /* available index as last read */
-    uint32_t next_used;   /* next used index to write */
-    uint32_t published;   /* used index the driver can see */
+    uint32_t next_avail;  /* where the next available entry is taken */
+    uint32_t avail_wrap;
+    uint32_t known;       /* how far the driver is known to have come: available index as last read (split),
+                           * the slot at which nothing was found (packed) */
+    uint32_t known_wrap;
+    uint32_t next_used;   /* where the next used entry is written */
+    uint32_t used_wrap;
+    uint32_t published;   /* as next_used, for what the driver can see */
     uint32_t kicks_wanted;
     int32_t broken;       /* RING_OK or the code that stopped the ring */
     uint32_t broken_at;   /* what it was about: an index, a head or a descriptor */
 };
 
-/* Resolve the ring parts and read used.idx once (after a crash of a predecessor it is the truth).
- * -> NULL with *status RING_E_QUEUE_SIZE, _RING_ALIGNMENT, _RING_UNMAPPED, _MEMORY_GONE or _NOMEM. */
+/* Resolve the ring parts and, for a split ring, read used.idx once (after a crash of a predecessor it is the
+ * truth). -> NULL with *status RING_E_QUEUE_SIZE, _BASE, _RING_ALIGNMENT, _RING_UNMAPPED, _MEMORY_GONE or _NOMEM. */
 struct vq *vq_new(const struct guestmem *mem, const struct vq_config *config, int *status);
 void vq_free(struct vq *q);
 void vq_state(const struct vq *q, struct vq_state *out);
-/* The value GET_VRING_BASE answers. */
+/* The value GET_VRING_BASE answers. Split: the next available index. Packed: bits 0-14 next available slot, 15
+ * its wrap counter, 16-30 next used slot, 31 its wrap counter. A front-end that sends only the low half of a
+ * packed base means the same position for both. */
 uint32_t vq_base(const struct vq *q);
 /* Put a ring nobody is serving onto another memory table. -> as vq_new; on failure the ring is unchanged. */
 int vq_move(struct vq *q, const struct guestmem *mem);
@@ -167,26 +178,32 @@ void vq_fail(struct vq *q, int status);
 /* The verbs, one visible phase each. All may answer RING_E_MEMORY_GONE; a broken ring answers the code
  * that broke it.
  *
- * vq_see      read avail.idx once. -> chains available (> 0), RING_EMPTY is never used here: 0 means none;
+ * vq_see      look whether the driver has made chains available. -> how many as far as one look tells: all of
+ *             them (split: avail.idx is read once), 1 (packed: the next descriptor's flags), 0: none;
  *             RING_E_AVAIL_AHEAD
- * vq_take     read the next available entry into c->head. -> RING_OK, RING_EMPTY (see first), RING_E_HEAD_RANGE
+ * vq_take     take the next chain. -> RING_OK, RING_EMPTY (see first), RING_E_HEAD_RANGE
  * vq_walk     read the next descriptor of the chain (an indirect table: the whole table).
  *             -> RING_MORE, RING_OK (chain complete), or the rule that the chain broke
  * vq_pop      see if needed + take + walk to the end. -> RING_OK, RING_EMPTY, or the rule broken;
- *             after a chain rule (-1 .. -31) c->head is valid and must be pushed with length 0
- * vq_unpop    give back the `count` most recently popped chains, unused
- * vq_push     write one used element; not visible to the driver yet
- * vq_publish  store used.idx: everything pushed becomes visible
+ *             after a chain rule (-1 .. -31) c->head and c->slots are valid and must be pushed with length 0
+ * vq_unpop    give back the most recently popped chains, unused: `slots` is the sum of theirs
+ * vq_push     write one used entry for a chain of so many slots; not visible to the driver yet
+ * vq_push_batch  VIRTIO_F_IN_ORDER only: one used entry for several chains, in the order they were taken;
+ *             `head` is the last one's, each counts as completely used
+ * vq_publish  everything pushed becomes visible: used.idx is stored (split), or the flags of the first entry
+ *             pushed, which were held back (packed)
  * vq_decide   full barrier, then: must the driver be notified? -> enum call_reason
- * vq_arm      ask for kicks, full barrier, look at avail.idx once more. -> chains available, as vq_see
+ * vq_arm      ask for a kick when more comes than is known, full barrier, look once more. -> how many chains came
+ *             beyond those known, as far as one look tells; 0: none, and a kick will tell
  * vq_disarm   tell the driver that kicks are not needed
  */
 int vq_see(struct vq *q);
 int vq_take(struct vq *q, struct chain *c);
 int vq_walk(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max);
 int vq_pop(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max);
-int vq_unpop(struct vq *q, uint32_t count);
-int vq_push(struct vq *q, uint32_t head, uint32_t written);
+int vq_unpop(struct vq *q, uint32_t slots);
+int vq_push(struct vq *q, uint32_t head, uint32_t slots, uint32_t written);
+int vq_push_batch(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots);
 int vq_publish(struct vq *q);
 int vq_decide(struct vq *q);
 int vq_arm(struct vq *q);

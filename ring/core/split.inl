@@ -12,10 +12,13 @@
  * from guest memory is copied once, checked, and only the copy is used: the driver can change any byte at
  * any instant. What the driver cannot write bounds every loop: the queue size, the table's length.
  *
- * The step engine calls these one by one (split.c), the pumps inline them: one piece of code is both the
+ * The step engine calls these one by one (verbs.c), the pumps inline them: one piece of code is both the
  * lesson and the product. Callers hold a guard (internal.h); nothing here does.
  */
+#pragma once
+
 #include "internal.h"
+#include "walk.inl"
 
 static inline uint16_t *split_used_event(const struct vq *q) { return &q->avail->ring[q->size]; }
 static inline uint16_t *split_avail_event(const struct vq *q) { return (uint16_t *)&q->used->ring[q->size]; }
@@ -41,7 +44,7 @@ static inline int split_take(struct vq *q, struct chain *c)
     if (unlikely(head >= q->size))
         return vq_break(q, RING_E_HEAD_RANGE, head);
     q->next_avail++;
-    *c = (struct chain){.head = head};
+    *c = (struct chain){.head = head, .slots = 1};
     q->walk = (struct walk){.next = head, .entries = q->size, .steps_left = q->size};
     return RING_OK;
 }
@@ -65,41 +68,16 @@ static inline int split_bad(struct chain *c, int rule, uint32_t descriptor)
     return rule;
 }
 
-/* Copy a whole indirect table into private memory, so that it cannot change while it is walked. It may
- * lie at any address and cross regions, even inside one descriptor. */
-static inline int split_enter_indirect(struct vq *q, struct chain *c, const struct vring_desc *d)
+/* 2.7.5.3: zero or more direct descriptors may come before the one that names a table, none after it. */
+static inline int split_enter_indirect(struct vq *q, const struct vring_desc *d)
 {
-    struct walk *w = &q->walk;
-    uint32_t entries = d->len / sizeof(*d);
-    uint32_t at = w->next;
-    uint64_t gpa = d->addr, left = d->len;
-    uint8_t *to = (uint8_t *)q->table;
-
     if (unlikely(!q->indirect))
-        return split_bad(c, RING_E_INDIRECT_OFF, at);
-    if (unlikely(w->indirect))
-        return split_bad(c, RING_E_INDIRECT_NESTED, at);
+        return RING_E_INDIRECT_OFF;
+    if (unlikely(q->walk.indirect))
+        return RING_E_INDIRECT_NESTED;
     if (unlikely(d->flags & DESC_F_NEXT))
-        return split_bad(c, RING_E_INDIRECT_NEXT, at);
-    if (unlikely(entries == 0 || d->len % sizeof(*d) || entries > q->table_limit))
-        return split_bad(c, RING_E_INDIRECT_LENGTH, at);
-    while (left > 0) {
-        struct piece run;
-        const struct guest_region *r = guestmem_find(q->mem, gpa, &q->region_hint);
-        if (unlikely(!r))
-            return split_bad(c, RING_E_UNMAPPED, at);
-        run.base = r->hva + (gpa - r->gpa);
-        run.len = r->size - (gpa - r->gpa);
-        if (run.len > left)
-            run.len = left;
-        memcpy(to, run.base, run.len);
-        to += run.len;
-        gpa += run.len;
-        left -= run.len;
-    }
-    *w = (struct walk){
-        .indirect = true, .entries = entries, .steps_left = entries, .writable_seen = w->writable_seen};
-    return RING_MORE;
+        return RING_E_INDIRECT_NEXT;
+    return walk_enter(q, d->addr, d->len);
 }
 
 static inline int split_walk(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
@@ -113,26 +91,13 @@ static inline int split_walk(struct vq *q, struct chain *c, struct piece *pieces
     w->steps_left--;
     struct vring_desc d = w->indirect ? q->table[at] : split_read_descriptor(&q->desc[at]);
     c->descriptors++;
-    if (d.flags & DESC_F_INDIRECT)
-        return split_enter_indirect(q, c, &d); /* WRITE is ignored there, 2.7.5.3.2 */
-
-    if (d.flags & DESC_F_WRITE)
-        w->writable_seen = true;
-    else if (unlikely(w->writable_seen))
-        return split_bad(c, RING_E_ORDER, at);
-    if (likely(d.len > 0)) { /* the address of an empty buffer means nothing */
-        uint32_t used = c->readable + c->writable;
-        int n = guestmem_translate(q->mem, &q->region_hint, d.addr, d.len, pieces + used, max - used);
-        if (unlikely(n < 0))
-            return split_bad(c, n, at);
-        uint64_t *sum = d.flags & DESC_F_WRITE ? &c->writable_len : &c->readable_len;
-        *(d.flags & DESC_F_WRITE ? &c->writable : &c->readable) += (uint32_t)n;
-        *sum += d.len;
-        if (unlikely(c->writable_len + c->readable_len > UINT32_MAX))
-            return split_bad(c, RING_E_LENGTH, at);
-    }
-    if (!(d.flags & DESC_F_NEXT))
-        return RING_OK;
+    bool indirect = d.flags & DESC_F_INDIRECT; /* WRITE is ignored there, 2.7.5.3.2 */
+    int rule = indirect ? split_enter_indirect(q, &d)
+                        : walk_buffer(q, c, d.addr, d.len, d.flags & DESC_F_WRITE, pieces, max);
+    if (unlikely(rule < 0))
+        return split_bad(c, rule, at);
+    if (indirect || !(d.flags & DESC_F_NEXT))
+        return rule;
     if (unlikely(d.next >= w->entries))
         return split_bad(c, RING_E_NEXT_RANGE, at);
     w->next = d.next;
@@ -157,22 +122,31 @@ static inline int split_pop(struct vq *q, struct chain *c, struct piece *pieces,
     return status;
 }
 
-static inline void split_unpop(struct vq *q, uint32_t count)
+static inline void split_unpop(struct vq *q, uint32_t slots)
 {
-    q->next_avail = (uint16_t)(q->next_avail - count);
+    q->next_avail = (uint16_t)(q->next_avail - slots);
 }
 
-static inline void split_push(struct vq *q, uint32_t head, uint32_t written)
+static inline void split_push(struct vq *q, uint32_t head, uint32_t slots, uint32_t written)
 {
     struct vring_used_elem *e = &q->used->ring[q->next_used & q->mask];
 
     store32(&e->id, head);
     store32(&e->len, written);
-    q->next_used++;
+    q->next_used = (uint16_t)(q->next_used + slots);
+}
+
+/* 2.7.8.1: the one element of an in-order batch lies where the first one's would. */
+static inline void split_push_batch(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots)
+{
+    (void)chains;
+    split_push(q, head, slots, 0);
 }
 
 static inline void split_publish(struct vq *q)
 {
+    if (q->published == q->next_used)
+        return;
     /* Release: elements and buffer contents before idx; pairs with the driver's barrier after reading it. */
     store16_release(&q->used->idx, q->next_used);
     q->published = q->next_used;
@@ -203,15 +177,18 @@ static inline int split_arm(struct vq *q)
 {
     /* avail_seen, not next_avail: the driver does not kick again for chains it has already announced, so
      * asking from one that was popped and given back would ask for nothing (2.7.10). */
+    uint16_t known = q->avail_seen;
+
     if (q->event_idx)
-        store16(split_avail_event(q), q->avail_seen);
+        store16(split_avail_event(q), known);
     else
         store16(&q->used->flags, 0);
     q->kicks_wanted = true;
     /* Full: the wish before the look. The driver stores avail.idx, barrier, loads avail_event or flags:
      * either it kicks, or we see its chain here. */
     full_barrier();
-    return split_see(q);
+    int ahead = split_see(q);
+    return ahead < 0 ? ahead : (uint16_t)(q->avail_seen - known);
 }
 
 static inline void split_disarm(struct vq *q)

@@ -5,45 +5,88 @@
 
 #define INDIRECT_MIN 1024 /* some drivers use tables longer than their queue; up to the pieces' limit */
 
-/* virtio 1.2, 2.7: sizes of the three parts, in bytes, event fields included */
-static uint64_t desc_bytes(uint32_t size) { return sizeof(struct vring_desc) * (uint64_t)size; }
-static uint64_t avail_bytes(uint32_t size) { return sizeof(struct vring_avail) + 2 * (uint64_t)size + 2; }
-static uint64_t used_bytes(uint32_t size)
+/* Where the three parts of a ring lie and how long they are, in bytes, event fields included. */
+struct extent {
+    uint64_t desc, avail, used;
+};
+
+/* virtio 1.2, 2.7 and 2.8.14 */
+static struct extent part_bytes(uint32_t size, bool packed)
 {
-    return sizeof(struct vring_used) + sizeof(struct vring_used_elem) * (uint64_t)size + 2;
+    if (packed)
+        return (struct extent){sizeof(struct packed_desc) * (uint64_t)size, sizeof(struct packed_event),
+                               sizeof(struct packed_event)};
+    return (struct extent){sizeof(struct vring_desc) * (uint64_t)size,
+                           sizeof(struct vring_avail) + 2 * (uint64_t)size + 2,
+                           sizeof(struct vring_used) + sizeof(struct vring_used_elem) * (uint64_t)size + 2};
 }
 
 struct parts {
-    struct vring_desc *desc;
-    struct vring_avail *avail;
-    struct vring_used *used;
+    uint8_t *desc, *avail, *used;
 };
+
+static bool is_packed(const struct vq_config *c)
+{
+    return c->features >> FEATURE_RING_PACKED & 1;
+}
 
 static int resolve(const struct guestmem *mem, const struct vq_config *c, struct parts *out)
 {
-    if (c->size == 0 || c->size > RING_QUEUE_SIZE_MAX || (c->size & (c->size - 1)))
+    bool packed = is_packed(c);
+
+    if (c->size == 0 || c->size > RING_QUEUE_SIZE_MAX || (!packed && (c->size & (c->size - 1))))
         return RING_E_QUEUE_SIZE;
-    if (c->desc % 16 || c->avail % 2 || c->used % 4)
+    /* 2.7, 2.8.10.1: alignment in the guest's memory */
+    struct extent align = packed ? (struct extent){16, 4, 4} : (struct extent){16, 2, 4};
+    if (c->desc % align.desc || c->avail % align.avail || c->used % align.used)
         return RING_E_RING_ALIGNMENT;
-    uint8_t *desc = guestmem_uva(mem, c->desc, desc_bytes(c->size));
-    uint8_t *avail = guestmem_uva(mem, c->avail, avail_bytes(c->size));
-    uint8_t *used = guestmem_uva(mem, c->used, used_bytes(c->size));
-    if (!desc || !avail || !used)
+    struct extent bytes = part_bytes(c->size, packed);
+    out->desc = guestmem_uva(mem, c->desc, bytes.desc);
+    out->avail = guestmem_uva(mem, c->avail, bytes.avail);
+    out->used = guestmem_uva(mem, c->used, bytes.used);
+    if (!out->desc || !out->avail || !out->used)
         return RING_E_RING_UNMAPPED;
     /* a region may start at any offset of its file: what we dereference must be aligned as well */
-    if ((uintptr_t)desc % 8 || (uintptr_t)avail % 2 || (uintptr_t)used % 4)
+    if ((uintptr_t)out->desc % 8 || (uintptr_t)out->avail % align.avail || (uintptr_t)out->used % 4)
         return RING_E_RING_ALIGNMENT;
-    *out = (struct parts){(void *)desc, (void *)avail, (void *)used};
     return RING_OK;
 }
 
 static void adopt(struct vq *q, const struct guestmem *mem, const struct parts *parts)
 {
     q->mem = mem;
-    q->desc = parts->desc;
-    q->avail = parts->avail;
-    q->used = parts->used;
+    q->desc = (void *)parts->desc; /* or the packed parts: the same three pointers */
+    q->avail = (void *)parts->avail;
+    q->used = (void *)parts->used;
     q->region_hint = 0;
+}
+
+/* Take the position over that SET_VRING_BASE gave, and for a split ring the used index from memory, under
+ * the guard. -> RING_OK, RING_E_BASE, RING_E_MEMORY_GONE */
+static int start_at(struct vq *q, uint32_t base)
+{
+    if (q->is_packed) {
+        uint32_t avail = base & 0xffff, used = base >> 16;
+        /* DPDK's virtio-user sends the low half alone. No position of our own looks like that, unless both
+         * are slot 0 in an odd round: rings are stopped with nothing in flight. */
+        if (used == 0)
+            used = avail;
+        if ((avail & 0x7fff) >= q->size || (used & 0x7fff) >= q->size)
+            return RING_E_BASE;
+        q->next_avail = q->known = avail & 0x7fff;
+        q->avail_wrap = q->known_wrap = avail >> 15;
+        q->next_used = q->published = q->decided = used & 0x7fff;
+        q->used_wrap = q->published_wrap = used >> 15;
+        return RING_OK;
+    }
+    q->next_avail = q->avail_seen = (uint16_t)base;
+    if (guard_enter())
+        return RING_E_MEMORY_GONE;
+    /* The only time used.idx is read: a predecessor that died may have published more than the front-end
+     * knows of. Afterwards it is ours alone. */
+    q->next_used = q->published = q->decided = load16(&q->used->idx);
+    guard_leave();
+    return RING_OK;
 }
 
 struct vq *vq_new(const struct guestmem *mem, const struct vq_config *config, int *status)
@@ -66,20 +109,15 @@ struct vq *vq_new(const struct guestmem *mem, const struct vq_config *config, in
     q->config = *config;
     q->size = config->size;
     q->mask = (uint16_t)(config->size - 1);
+    q->is_packed = is_packed(config);
     q->indirect = config->features >> FEATURE_INDIRECT_DESC & 1;
     q->event_idx = config->features >> FEATURE_EVENT_IDX & 1;
+    q->in_order = config->features >> FEATURE_IN_ORDER & 1;
     q->first_decision = true;
-    q->kicks_wanted = true; /* a fresh used ring is zero: the driver kicks */
-    q->next_avail = q->avail_seen = (uint16_t)config->base;
-    *status = RING_E_MEMORY_GONE;
-    if (guard_enter())
-        goto refuse;
-    /* The only time used.idx is read: a predecessor that died may have published more than the front-end
-     * knows of. Afterwards it is ours alone. */
-    q->next_used = q->published = q->decided = load16(&q->used->idx);
-    guard_leave();
-    *status = RING_OK;
-    return q;
+    q->kicks_wanted = true; /* fresh memory is zero: the driver kicks */
+    *status = start_at(q, config->base);
+    if (*status == RING_OK)
+        return q;
 refuse:
     vq_free(q);
     return NULL;
@@ -110,10 +148,14 @@ void vq_fail(struct vq *q, int status)
 void vq_state(const struct vq *q, struct vq_state *out)
 {
     *out = (struct vq_state){
+        .packed = q->is_packed,
         .size = q->size,
         .next_avail = q->next_avail,
-        .avail_seen = q->avail_seen,
+        .avail_wrap = q->avail_wrap,
+        .known = q->known,
+        .known_wrap = q->known_wrap,
         .next_used = q->next_used,
+        .used_wrap = q->used_wrap,
         .published = q->published,
         .kicks_wanted = q->kicks_wanted,
         .broken = q->broken,
@@ -123,7 +165,11 @@ void vq_state(const struct vq *q, struct vq_state *out)
 
 uint32_t vq_base(const struct vq *q)
 {
-    return q->next_avail;
+    if (!q->is_packed)
+        return q->next_avail;
+    uint32_t avail = q->next_avail | (q->avail_wrap ? 0x8000u : 0);
+    uint32_t used = q->next_used | (q->used_wrap ? 0x8000u : 0);
+    return avail | used << 16;
 }
 
 int call_is_due(int reason)

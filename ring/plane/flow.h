@@ -1,23 +1,18 @@
 /*
  * What both directions of the fd pump need: making used entries visible, counting what is lost, telling
- * the end of a port from the loss of a frame. Inlined into pump_from_guest.c and pump_to_guest.c, together
- * with the ring's micro-steps.
+ * the end of a port from the loss of a frame. Part of pump_split.c and pump_packed.c, each of which has said
+ * which micro-steps RING(verb) means.
  */
 #pragma once
 
 #include <errno.h>
+#include <sys/uio.h>
 
-#include "../core/split.inl"
 #include "lane.h"
 
 /* A burst ends, and becomes visible, after so many frames; a direction yields after BURSTS of them. */
 #define BURST_FRAMES 64
 #define BURSTS 4
-
-/* Run one direction of a lane under the guard, if its queue can be served at all. `work` is its bit, cleared
- * when not. Guest memory that vanishes sets memory_gone and is reported. */
-void serve_guarded(struct lane *l, const struct flow_config *flow, struct flow_stats *stats, uint32_t work,
-                   void (*direction)(struct lane *));
 
 static inline void break_queue(struct lane *l, const struct flow_config *flow, uint32_t event)
 {
@@ -29,10 +24,11 @@ static inline void break_queue(struct lane *l, const struct flow_config *flow, u
 /* Make what was pushed visible, and notify the driver if it asked for that. */
 static inline void publish(struct vq *q, const struct flow_config *flow, struct flow_stats *stats)
 {
-    if (q->next_used == q->published)
+    RING(publish)(q);
+    int reason = RING(decide)(q);
+    if (reason == CALL_NOTHING_NEW)
         return;
-    split_publish(q);
-    if (call_is_due(split_decide(q))) {
+    if (call_is_due(reason)) {
         if (flow->call >= 0) {
             signal_descriptor(flow->call);
             stats->calls++;

@@ -23,6 +23,7 @@ enum work {
 /* One buffer of the guest that a frame is spread over. */
 struct filled {
     uint32_t head;
+    uint32_t slots;
     uint32_t written;
 };
 
@@ -62,8 +63,15 @@ struct lane {
     uint8_t room[FRAME_ROOM];
 };
 
+/* One direction each, for one ring format; called under the guard, with a queue that is not broken. */
+struct directions {
+    void (*from_guest)(struct lane *l);
+    void (*to_guest)(struct lane *l);
+};
+extern const struct directions split_directions, packed_directions;
+
 /* Serve one direction until it is idle, blocked, or its budget is used up (then the work bit stays set).
- * Guest memory that vanishes sets memory_gone. Called with the worker's thread prepared for guards. */
+ * Guest memory that vanishes sets memory_gone and is reported. The worker's thread is prepared for guards. */
 void serve_from_guest(struct lane *l);
 void serve_to_guest(struct lane *l);
 

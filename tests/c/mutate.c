@@ -151,7 +151,7 @@ static void pop_under_mutation(uint64_t features)
         } else {
             refused++;
         }
-        vq_push(t.g.q, c.head, 0);
+        vq_push(t.g.q, c.head, c.slots, 0);
         vq_publish(t.g.q);
         CHECK(vq_decide(t.g.q) >= 0);
         vq_arm(t.g.q);

@@ -32,7 +32,7 @@ static int serve(struct guest *g, struct piece *pieces, uint32_t max)
             }
             CHECK_EQ(sum, c.readable_len + c.writable_len);
         }
-        CHECK_EQ(vq_push(g->q, c.head, status == RING_OK ? (uint32_t)c.writable_len : 0), RING_OK);
+        CHECK_EQ(vq_push(g->q, c.head, c.slots, status == RING_OK ? (uint32_t)c.writable_len : 0), RING_OK);
         CHECK_EQ(vq_publish(g->q), RING_OK);
         CHECK(vq_decide(g->q) >= 0);
         served++;

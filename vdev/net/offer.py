@@ -15,7 +15,8 @@ from vhost_user.spec import ProtocolFeature as P
 # without PROTOCOL_FEATURES QEMU silently falls back to serving the guest itself, without a network.
 FIXED = mask(F.VERSION_1, F.PROTOCOL_FEATURES)
 
-ALWAYS = FIXED | mask(F.MTU, F.MRG_RXBUF, F.GUEST_ANNOUNCE, F.INDIRECT_DESC, F.EVENT_IDX)
+ALWAYS = FIXED | mask(F.MTU, F.MRG_RXBUF, F.GUEST_ANNOUNCE, F.INDIRECT_DESC, F.EVENT_IDX, F.RING_PACKED,
+                      F.IN_ORDER)
 
 # What vdev can offer at all, if the port goes along.
 IMPLEMENTED = ALWAYS | OFFLOADS | mask(F.MQ)

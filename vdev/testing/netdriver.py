@@ -71,11 +71,12 @@ class NetDriver:
     """One queue pair in ``memory``.
 
     size: descriptors of each queue. features: negotiated mask. buffer_size: bytes of one receive buffer,
-    header included; None: what a driver with these features posts (5.1.6.3.1). base: where indices start.
+    header included; None: what a driver with these features posts (5.1.6.3.1). base: where both rings
+    start, as SET_VRING_BASE carries it; None: fresh.
     """
 
     def __init__(self, memory: GuestMemory, *, size: int = 256, features: int = 0,
-                 buffer_size: int | None = None, base: int = 0) -> None:
+                 buffer_size: int | None = None, base: int | None = None) -> None:
         self.memory = memory
         self.features = features
         self.mergeable = bool(features >> Feature.MRG_RXBUF & 1)

@@ -50,11 +50,11 @@ class DeviceSide:
         self.close()
 
     def queue(self, driver: DriverQueue, *, base: int | None = None) -> VirtQueue:
-        """The device's half of ``driver``, from where that began or from ``base``."""
-        ring, uva = driver.ring, driver.memory.uva
-        made = VirtQueue(self.memory, size=ring.size, desc=uva(ring.desc.gpa), avail=uva(ring.avail.gpa),
-                         used=uva(ring.used.gpa), features=driver.features,
-                         base=ring.base if base is None else base)
+        """The device's half of ``driver``, from behind all that it collected or from ``base``."""
+        desc, avail, used = (driver.memory.uva(area.gpa) for area in driver.ring.areas)
+        made = VirtQueue(self.memory, size=driver.ring.size, desc=desc, avail=avail, used=used,
+                         features=driver.features,
+                         base=driver.base if base is None else base)
         self._queues.append(made)
         return made
 
@@ -78,7 +78,7 @@ def table(memory: GuestMemory, *descriptors: tuple[int, ...]) -> tuple[int, int]
 
 
 @contextlib.contextmanager
-def joined(size: int = 8, features: int = 0, base: int = 0,
+def joined(size: int = 8, features: int = 0, base: int | None = None,
            memory: GuestMemory | None = None) -> Iterator[tuple[DriverQueue, VirtQueue]]:
     """Both halves of one queue in memory of their own, or in ``memory``, which stays the caller's."""
     with contextlib.ExitStack() as stack:

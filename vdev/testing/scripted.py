@@ -7,16 +7,20 @@ import socket
 from types import TracebackType
 
 from ring.driver import GuestMemory
-from vdev.net.features import Feature, mask
+from vdev.net.features import Feature, mask, names
 from vdev.testing.netdriver import NetDriver
 from vhost_user.frontend import FrontEnd, RingSetup, SharedRegion
 from vhost_user.handshake import QEMU_10_0, Qemu, QemuVersion
+
+# What decides how the rings look: they are made before the back-end has said what it offers.
+_RING_FEATURES = mask(Feature.RING_PACKED, Feature.IN_ORDER)
 
 
 class ScriptedGuest:
     """Connected, negotiated, its rings running and receive buffers posted when the constructor returns.
 
-    sock: a connected socket, from now on the guest's. features: what the driver accepts of what is offered.
+    sock: a connected socket, from now on the guest's. features: what the driver accepts of what is offered;
+    RING_PACKED and IN_ORDER it insists on (ValueError).
     queue_pairs: how many, all enabled; ``drivers`` has one NetDriver for each. size: descriptors of a queue.
     """
 
@@ -28,6 +32,10 @@ class ScriptedGuest:
         queues = [queue for driver in self.drivers for queue in (driver.receiveq, driver.transmitq)]
         self.qemu = Qemu(self.front_end, [self._ring(queue) for queue in queues], version)
         self.qemu.connect()
+        missing = features & _RING_FEATURES & ~self.qemu.offered
+        if missing:
+            self.close()
+            raise ValueError(f"the back-end does not offer {', '.join(names(missing))}")
         self.qemu.reset(queue_pairs)
         regions = [SharedRegion(region.fd, region.gpa, region.uva, region.size, region.offset)
                    for region in self.memory.regions]
@@ -43,9 +51,9 @@ class ScriptedGuest:
         return cls(sock, **options)
 
     def _ring(self, queue) -> RingSetup:
-        ring, uva = queue.ring, self.memory.uva
-        return RingSetup(num=ring.size, desc=uva(ring.desc.gpa), avail=uva(ring.avail.gpa),
-                         used=uva(ring.used.gpa), kick=queue.kick_fd, call=queue.call_fd)
+        desc, avail, used = (self.memory.uva(area.gpa) for area in queue.ring.areas)
+        return RingSetup(num=queue.ring.size, desc=desc, avail=avail, used=used, base=queue.base,
+                         kick=queue.kick_fd, call=queue.call_fd)
 
     @property
     def driver(self) -> NetDriver:

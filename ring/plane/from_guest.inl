@@ -8,11 +8,12 @@
  * A port that takes no more gets its chain back into the ring, and the lane waits until it is writable. A
  * disabled queue, a port that is gone and a null port are drained: the guest must not be held up by them.
  *
+ * With VIRTIO_F_IN_ORDER one used entry completes a whole burst (2.7.8.1, 2.8.16): a transmitted chain is
+ * always completely used, so skipping its entry tells the driver the truth.
+ *
  * The guard is armed once a burst. Guest memory that vanishes ends the burst: the lane is dead then and the
  * control thread closes the device, so nothing of the burst's progress has to be trusted.
  */
-#include <sys/uio.h>
-
 #include "flow.h"
 
 enum sent { SENT, BLOCKED, MEMORY_GONE };
@@ -70,71 +71,91 @@ static enum sent send_frame(struct lane *l, const struct chain *c)
     return count_drop(stats, DROP_PORT), SENT;
 }
 
-/* -> false when the direction has to stop: broken, blocked or memory gone. */
-static bool burst_from_guest(struct lane *l, struct vq *q, uint32_t count)
-{
-    struct flow_stats *stats = &l->stats.from_guest;
-    struct chain c;
+/* Chains that one used entry will complete. */
+struct completion {
+    uint32_t head; /* of the last one */
+    uint32_t chains;
+    uint32_t slots;
+};
 
-    while (count-- > 0) {
-        int status = split_pop(q, &c, l->pieces + 1, RING_PIECES_MAX);
-        if (unlikely(status < 0)) {
-            if (q->broken)
-                return false;
-            stats->bad_chains++;
-            count_drop(stats, DROP_BAD_CHAIN);
-            split_push(q, c.head, 0);
-            continue;
-        }
-        switch (send_frame(l, &c)) {
-        case SENT:
-            split_push(q, c.head, 0);
-            break;
-        case BLOCKED:
-            split_unpop(q, 1);
-            l->blocked = true;
-            return false;
-        case MEMORY_GONE:
-            l->memory_gone = true;
-            return false;
-        }
-    }
-    return true;
+static void finish(struct vq *q, struct completion *done, const struct chain *c)
+{
+    if (q->in_order)
+        *done = (struct completion){c->head, done->chains + 1, done->slots + c->slots};
+    else
+        RING(push)(q, c->head, c->slots, 0);
 }
 
-static void from_guest_guarded(struct lane *l)
+static void flush(struct vq *q, const struct completion *done)
+{
+    if (done->chains)
+        RING(push_batch)(q, done->head, done->chains, done->slots);
+}
+
+enum burst {
+    BURST_FULL,  /* its budget is used up */
+    BURST_EMPTY, /* the driver has made nothing more available */
+    BURST_STOP   /* broken, blocked or memory gone */
+};
+
+static enum burst burst_from_guest(struct lane *l, struct vq *q)
+{
+    struct flow_stats *stats = &l->stats.from_guest;
+    struct completion done = {0};
+    enum burst end = BURST_FULL;
+    struct chain c;
+
+    for (int i = 0; i < BURST_FRAMES && end == BURST_FULL; i++) {
+        int status = RING(pop)(q, &c, l->pieces + 1, RING_PIECES_MAX);
+        if (status == RING_EMPTY) {
+            end = BURST_EMPTY;
+        } else if (unlikely(q->broken)) {
+            end = BURST_STOP;
+        } else if (unlikely(status < 0)) {
+            stats->bad_chains++;
+            count_drop(stats, DROP_BAD_CHAIN);
+            finish(q, &done, &c);
+        } else {
+            switch (send_frame(l, &c)) {
+            case SENT:
+                finish(q, &done, &c);
+                break;
+            case BLOCKED:
+                RING(unpop)(q, c.slots);
+                l->blocked = true;
+                end = BURST_STOP;
+                break;
+            case MEMORY_GONE:
+                l->memory_gone = true;
+                return BURST_STOP;
+            }
+        }
+    }
+    flush(q, &done);
+    publish(q, &l->config.from_guest, stats);
+    return end;
+}
+
+static void from_guest(struct lane *l)
 {
     const struct flow_config *flow = &l->config.from_guest;
     struct vq *q = flow->queue;
 
-    split_disarm(q);
+    RING(disarm)(q);
     for (int i = 0; i < BURSTS; i++) {
-        int ahead = split_see(q);
-        if (ahead == 0) {
-            ahead = split_arm(q);
-            if (ahead == 0) {
-                l->work &= ~(uint32_t)WORK_FROM_GUEST;
-                return;
+        enum burst end = burst_from_guest(l, q);
+        if (end == BURST_FULL)
+            continue;
+        if (end == BURST_EMPTY) {
+            int more = RING(arm)(q);
+            if (more > 0) {
+                RING(disarm)(q);
+                continue;
             }
-            split_disarm(q);
         }
-        if (ahead < 0 || !burst_from_guest(l, q, ahead < BURST_FRAMES ? (uint32_t)ahead : BURST_FRAMES)) {
-            if (!l->memory_gone)
-                publish(q, flow, &l->stats.from_guest);
-            if (q->broken)
-                break_queue(l, flow, LANE_FROM_GUEST_BROKEN);
-            l->work &= ~(uint32_t)WORK_FROM_GUEST;
-            return;
-        }
-        publish(q, flow, &l->stats.from_guest);
-    }
-}
-
-void serve_from_guest(struct lane *l)
-{
-    if (l->blocked) {
         l->work &= ~(uint32_t)WORK_FROM_GUEST;
+        if (q->broken)
+            break_queue(l, flow, LANE_FROM_GUEST_BROKEN);
         return;
     }
-    serve_guarded(l, &l->config.from_guest, &l->stats.from_guest, WORK_FROM_GUEST, from_guest_guarded);
 }

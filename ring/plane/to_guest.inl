@@ -7,10 +7,11 @@
  * is written last. A frame for which the guest has too few buffers is held in private memory until it posts
  * more, and the port is not read meanwhile: back-pressure, not loss.
  *
- * The guard is armed once a burst; see pump_from_guest.c for what happens when memory vanishes.
+ * Each buffer gets a used entry of its own, with VIRTIO_F_IN_ORDER too: skipping an entry would claim that its
+ * buffer was filled completely (2.7.8.1), which is true of a frame's inner buffers only.
+ *
+ * The guard is armed once a burst; see from_guest.inl for what happens when memory vanishes.
  */
-#include <sys/uio.h>
-
 #include "flow.h"
 
 #define BURST_BYTES (256 * 1024) /* so much is made visible early: the guest works while we go on */
@@ -23,6 +24,7 @@
 /* The chains a frame is being put into. */
 struct intake {
     uint32_t chains;    /* in l->filled; filled[].written is their capacity until the frame is placed */
+    uint32_t slots;     /* of the ring */
     uint32_t pieces;    /* in l->pieces + 1 */
     uint64_t capacity;  /* bytes, header included */
 };
@@ -37,23 +39,24 @@ static int take_chain(struct lane *l, struct vq *q, struct intake *in)
 
     if (in->chains == q->size)
         return RING_EMPTY;
-    int status = split_pop(q, &c, pieces, PIECES_MAX - in->pieces);
+    int status = RING(pop)(q, &c, pieces, PIECES_MAX - in->pieces);
     if (status == RING_EMPTY || q->broken)
         return status;
     if (status == RING_E_PIECES && in->pieces > 0) {
-        split_unpop(q, 1);
+        RING(unpop)(q, c.slots);
         return status; /* not the chain's fault: the frame is spread over too many pieces */
     }
     bool too_short = c.writable_len < (in->chains == 0 ? NET_HEADER : 1);
     if (unlikely(status < 0 || c.readable || too_short)) {
         l->stats.to_guest.bad_chains++;
         for (uint32_t i = 0; i < in->chains; i++)
-            split_push(q, l->filled[i].head, 0);
-        split_push(q, c.head, 0);
+            RING(push)(q, l->filled[i].head, l->filled[i].slots, 0);
+        RING(push)(q, c.head, c.slots, 0);
         *in = (struct intake){0};
         return RING_MORE;
     }
-    l->filled[in->chains++] = (struct filled){c.head, (uint32_t)c.writable_len};
+    l->filled[in->chains++] = (struct filled){c.head, c.slots, (uint32_t)c.writable_len};
+    in->slots += c.slots;
     in->pieces += c.writable;
     in->capacity += c.writable_len;
     return RING_OK;
@@ -78,7 +81,7 @@ static int take_chains(struct lane *l, struct vq *q, struct intake *in, uint64_t
 
 static void give_back(struct vq *q, struct intake *in)
 {
-    split_unpop(q, in->chains);
+    RING(unpop)(q, in->slots);
     *in = (struct intake){0};
 }
 
@@ -87,19 +90,20 @@ static void complete(struct lane *l, struct vq *q, struct intake *in, struct net
 {
     struct flow_stats *stats = &l->stats.to_guest;
     uint64_t left = NET_HEADER + length;
-    uint32_t used = 0;
+    uint32_t used = 0, slots = 0;
 
     while (left > 0) {
         struct filled *f = &l->filled[used++];
         if (f->written > left)
             f->written = (uint32_t)left;
         left -= f->written;
+        slots += f->slots;
     }
-    split_unpop(q, in->chains - used);
+    RING(unpop)(q, in->slots - slots);
     header->num_buffers = (uint16_t)used;
     pieces_copy(l->pieces + 1, in->pieces, 0, (uint8_t *)header, NET_HEADER, true);
     for (uint32_t i = 0; i < used; i++)
-        split_push(q, l->filled[i].head, l->filled[i].written);
+        RING(push)(q, l->filled[i].head, l->filled[i].slots, l->filled[i].written);
     stats->frames++;
     stats->bytes += length;
     stats->gso_frames += header->gso_type != 0;
@@ -263,50 +267,32 @@ static enum received burst_to_guest(struct lane *l, struct vq *q)
     return RECEIVED;
 }
 
-static void to_guest_guarded(struct lane *l)
+static void to_guest(struct lane *l)
 {
     const struct flow_config *flow = &l->config.to_guest;
     struct vq *q = flow->queue;
-    bool retried = false;
 
-    split_disarm(q);
+    RING(disarm)(q);
     l->starved = false;
     for (int i = 0; i < BURSTS; i++) {
-        enum received r = burst_to_guest(l, q);
+        enum received end = burst_to_guest(l, q);
         if (l->memory_gone)
             return;
         publish(q, flow, &l->stats.to_guest);
-        if (r == RECEIVED)
+        if (end == STARVED) {
+            /* Ask for a kick; what the driver has posted since is seen now, or it kicks. */
+            int more = RING(arm)(q);
+            if (more > 0) {
+                RING(disarm)(q);
+                continue;
+            }
+            l->starved = more == 0;
+        }
+        if (end == RECEIVED)
             continue;
         l->work &= ~(uint32_t)WORK_TO_GUEST;
-        if (r == STOP) {
+        if (q->broken)
             break_queue(l, flow, LANE_TO_GUEST_BROKEN);
-        } else if (r == STARVED) {
-            /* Ask for a kick; what the driver posted since is seen now or kicks later. */
-            uint16_t before = q->avail_seen;
-            int ahead = split_arm(q);
-            if (ahead < 0) {
-                break_queue(l, flow, LANE_TO_GUEST_BROKEN);
-            } else if (q->avail_seen != before && !retried) {
-                retried = true;
-                split_disarm(q);
-                l->work |= WORK_TO_GUEST;
-                continue;
-            } else if (q->avail_seen != before) {
-                l->work |= WORK_TO_GUEST; /* the next round looks again: nothing here may loop for ever */
-            } else {
-                l->starved = true;
-            }
-        }
         return;
     }
-}
-
-void serve_to_guest(struct lane *l)
-{
-    if (!l->config.to_guest.enabled || l->config.from_port < 0) {
-        l->work &= ~(uint32_t)WORK_TO_GUEST;
-        return;
-    }
-    serve_guarded(l, &l->config.to_guest, &l->stats.to_guest, WORK_TO_GUEST, to_guest_guarded);
 }

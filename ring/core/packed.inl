@@ -1,0 +1,238 @@
+/*
+ * The packed virtqueue, device side, as micro-steps (virtio 1.2, 2.8 "Packed Virtqueues").
+ *
+ *     shared memory                         driver writes            device (here)
+ *     descriptor ring                       available descriptors    packed_see, packed_take, packed_walk
+ *                                                                    packed_push, packed_publish: used ones
+ *     driver event suppression structure    when to be called        packed_decide
+ *     device event suppression structure                             packed_arm, packed_disarm: when to be kicked
+ *
+ * One ring holds both: the driver turns its descriptors available in order, the device overwrites the first
+ * slots of what it has used. Each side goes round the ring and keeps a wrap counter, 1 at first, that flips
+ * with every round. A descriptor is available when its AVAIL flag equals the device's wrap counter and USED
+ * does not; it is used when both equal it (2.8.1). An index is a slot here, with its counter beside it.
+ *
+ * Only the first descriptor of a chain tells that the chain is available: the driver writes its flags last
+ * (2.8.22). In the other direction the first used descriptor of a batch is flipped last (2.8.12), which makes
+ * all of the batch visible at once, merged receive buffers included.
+ *
+ * The rules of split.inl hold here too: everything is read once into private memory, every loop is bounded by
+ * a number the driver cannot write, callers hold a guard.
+ */
+#pragma once
+
+#include "internal.h"
+#include "walk.inl"
+
+static inline void packed_advance(const struct vq *q, uint16_t *slot, bool *wrap, uint32_t by)
+{
+    uint32_t next = *slot + by;
+
+    if (unlikely(next >= q->size)) {
+        /* A batch can be longer than a round: a driver may offer slots again that it has not got back. */
+        *wrap ^= next / q->size & 1;
+        next %= q->size;
+    }
+    *slot = (uint16_t)next;
+}
+
+static inline bool packed_is_available(const struct vq *q, uint16_t slot, bool wrap)
+{
+    /* Acquire: pairs with the driver's barrier between writing the chain and the flags of its first
+     * descriptor. */
+    uint16_t flags = load16_acquire(&q->packed[slot].flags);
+
+    return !!(flags & PACKED_F_AVAIL) == wrap && !!(flags & PACKED_F_USED) != wrap;
+}
+
+static inline int packed_see(struct vq *q)
+{
+    if (packed_is_available(q, q->next_avail, q->avail_wrap))
+        return 1;
+    q->known = q->next_avail;
+    q->known_wrap = q->avail_wrap;
+    return 0;
+}
+
+static inline int packed_take(struct vq *q, struct chain *c)
+{
+    if (!packed_see(q))
+        return RING_EMPTY;
+    *c = (struct chain){0};
+    q->walk = (struct walk){.steps_left = q->size};
+    return RING_OK;
+}
+
+/* One snapshot of a descriptor; ordered after the acquire load of the chain's first flags. */
+static inline struct packed_desc packed_read_descriptor(const struct packed_desc *from)
+{
+    struct packed_desc d;
+    uint64_t half[2];
+
+    half[0] = __atomic_load_n((const uint64_t *)(const void *)from, __ATOMIC_RELAXED);
+    half[1] = __atomic_load_n((const uint64_t *)(const void *)from + 1, __ATOMIC_RELAXED);
+    memcpy(&d, half, sizeof(d));
+    return d;
+}
+
+/* Read the next descriptor of the ring and count it to the chain; the id of the last one names the chain.
+ * -> false when the chain has gone once around the ring. */
+static inline bool packed_next(struct vq *q, struct chain *c, struct packed_desc *d)
+{
+    if (unlikely(q->walk.steps_left == 0))
+        return false;
+    q->walk.steps_left--;
+    *d = packed_read_descriptor(&q->packed[q->next_avail]);
+    packed_advance(q, &q->next_avail, &q->avail_wrap, 1);
+    c->slots++;
+    c->head = d->id;
+    return true;
+}
+
+/* The chain broke a rule at descriptor d: pass over what is left of it, to know its id and its slots. */
+static inline int packed_bad(struct vq *q, struct chain *c, int rule, uint32_t at, struct packed_desc d)
+{
+    c->status = rule;
+    c->bad = at;
+    while (d.flags & DESC_F_NEXT)
+        if (unlikely(!packed_next(q, c, &d)))
+            return vq_break(q, RING_E_ENDLESS, at);
+    return rule;
+}
+
+static inline int packed_walk(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
+{
+    struct walk *w = &q->walk;
+    struct packed_desc d;
+
+    if (w->indirect) { /* consecutive entries of which only WRITE counts (2.8.19) */
+        const struct packed_desc *entry = (const struct packed_desc *)q->table + w->next;
+        int rule = walk_buffer(q, c, entry->addr, entry->len, entry->flags & DESC_F_WRITE, pieces, max);
+        c->descriptors++;
+        if (unlikely(rule < 0))
+            return packed_bad(q, c, rule, w->next, (struct packed_desc){0});
+        return ++w->next == w->entries ? RING_OK : RING_MORE;
+    }
+    uint32_t at = q->next_avail;
+    if (unlikely(!packed_next(q, c, &d)))
+        return vq_break(q, RING_E_ENDLESS, at);
+    c->descriptors++;
+    if (d.flags & DESC_F_INDIRECT) { /* WRITE is ignored there (2.8.19) */
+        int rule = RING_E_INDIRECT_OFF;
+        if (likely(q->indirect)) {
+            /* unlike a split ring's, an indirect descriptor stands alone (2.8.19) */
+            rule = d.flags & DESC_F_NEXT || c->slots > 1 ? RING_E_INDIRECT_NEXT : walk_enter(q, d.addr, d.len);
+        }
+        return rule < 0 ? packed_bad(q, c, rule, at, d) : RING_MORE;
+    }
+    int rule = walk_buffer(q, c, d.addr, d.len, d.flags & DESC_F_WRITE, pieces, max);
+    if (unlikely(rule < 0))
+        return packed_bad(q, c, rule, at, d);
+    return d.flags & DESC_F_NEXT ? RING_MORE : RING_OK;
+}
+
+static inline int packed_pop(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
+{
+    int status = packed_take(q, c);
+
+    if (status != RING_OK)
+        return status;
+    do
+        status = packed_walk(q, c, pieces, max);
+    while (status == RING_MORE);
+    return status;
+}
+
+static inline void packed_unpop(struct vq *q, uint32_t slots)
+{
+    /* two rounds forward change nothing, so going on by the rest of them is going back */
+    packed_advance(q, &q->next_avail, &q->avail_wrap, 2 * q->size - slots % (2 * q->size));
+}
+
+static inline void packed_push(struct vq *q, uint32_t head, uint32_t slots, uint32_t written)
+{
+    struct packed_desc *d = &q->packed[q->next_used];
+    uint16_t flags = written ? DESC_F_WRITE : 0;
+
+    if (q->used_wrap)
+        flags |= PACKED_F_AVAIL | PACKED_F_USED;
+    store16(&d->id, (uint16_t)head);
+    store32(&d->len, written);
+    if (q->holding) {
+        store16(&d->flags, flags);
+    } else { /* the first of the batch: until packed_publish */
+        q->holding = true;
+        q->held_flags = flags;
+    }
+    packed_advance(q, &q->next_used, &q->used_wrap, slots);
+}
+
+static inline void packed_push_batch(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots)
+{
+    (void)chains;
+    packed_push(q, head, slots, 0);
+}
+
+static inline void packed_publish(struct vq *q)
+{
+    if (!q->holding)
+        return;
+    /* Release: everything else of the batch before these flags; pairs with the driver's barrier after
+     * reading them. */
+    store16_release(&q->packed[q->published].flags, q->held_flags);
+    q->holding = false;
+    if (q->undecided <= q->size)
+        q->undecided += q->next_used - q->published + (q->next_used > q->published ? 0 : q->size);
+    q->published = q->next_used;
+    q->published_wrap = q->used_wrap;
+}
+
+static inline int packed_decide(struct vq *q)
+{
+    uint32_t moved = q->undecided;
+    uint16_t now = q->published;
+
+    if (!moved)
+        return CALL_NOTHING_NEW;
+    q->undecided = 0;
+    /* Full: the used flags before the look at the driver's wish, as in split_decide. */
+    full_barrier();
+    uint16_t wish = load16_acquire(&q->driver_event->flags) & PACKED_EVENT_MASK;
+    bool first = q->first_decision;
+    q->first_decision = false;
+    if (wish == PACKED_EVENT_DISABLE)
+        return CALL_FLAG_SUPPRESSED;
+    if (wish != PACKED_EVENT_DESC || !q->event_idx)
+        return CALL_FLAG_WANTS;
+    if (first)
+        return CALL_FIRST;
+    /* 2.8.10: due when the descriptor at this offset and wrap was written or passed over, as it was in more
+     * than a lap */
+    uint16_t off_wrap = load16(&q->driver_event->off_wrap);
+    uint16_t off = off_wrap & 0x7fff;
+    if (!!(off_wrap & 0x8000) != q->published_wrap)
+        off = (uint16_t)(off - q->size);
+    return moved > q->size || (uint16_t)(now - off - 1) < moved ? CALL_EVENT_REACHED : CALL_EVENT_AHEAD;
+}
+
+static inline int packed_arm(struct vq *q)
+{
+    if (q->event_idx) {
+        store16(&q->device_event->off_wrap, (uint16_t)(q->known | (q->known_wrap ? 0x8000 : 0)));
+        store16_release(&q->device_event->flags, PACKED_EVENT_DESC); /* the offset before the flags */
+    } else {
+        store16(&q->device_event->flags, PACKED_EVENT_ENABLE);
+    }
+    q->kicks_wanted = true;
+    /* Full: the wish before the look; see split_arm. */
+    full_barrier();
+    return packed_is_available(q, q->known, q->known_wrap);
+}
+
+static inline void packed_disarm(struct vq *q)
+{
+    /* With EVENT_IDX the stale offset is the suppression, as on a split ring. */
+    if (!q->event_idx && q->kicks_wanted)
+        store16(&q->device_event->flags, PACKED_EVENT_DISABLE);
+    q->kicks_wanted = false;
+}

@@ -1,0 +1,98 @@
+/* The micro-steps of split.inl and packed.inl, wrapped one by one for the step engine: each call is one
+ * visible phase, under a guard of its own, refused on a broken ring. */
+#include "packed.inl"
+#include "split.inl"
+
+/* Open every wrapper below: one phase of a ring that is not broken, under the guard. */
+#define ENTER(q)                                         \
+    do {                                                 \
+        if ((q)->broken)                                 \
+            return (q)->broken;                          \
+        if (guard_enter())                               \
+            return vq_break((q), RING_E_MEMORY_GONE, 0); \
+    } while (0)
+
+/* The verb of the ring's format, and the end of the guard. */
+#define ANSWER(q, verb, ...)                                                                      \
+    do {                                                                                          \
+        int answer = (q)->is_packed ? packed_##verb(__VA_ARGS__) : split_##verb(__VA_ARGS__);     \
+        guard_leave();                                                                            \
+        return answer;                                                                            \
+    } while (0)
+
+/* The same for verbs that cannot fail. */
+#define DO(q, verb, ...)                 \
+    do {                                 \
+        if ((q)->is_packed)              \
+            packed_##verb(__VA_ARGS__);  \
+        else                             \
+            split_##verb(__VA_ARGS__);   \
+        guard_leave();                   \
+        return RING_OK;                  \
+    } while (0)
+
+int vq_see(struct vq *q)
+{
+    ENTER(q);
+    ANSWER(q, see, q);
+}
+
+int vq_take(struct vq *q, struct chain *c)
+{
+    ENTER(q);
+    ANSWER(q, take, q, c);
+}
+
+int vq_walk(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
+{
+    ENTER(q);
+    ANSWER(q, walk, q, c, pieces, max);
+}
+
+int vq_pop(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
+{
+    ENTER(q);
+    ANSWER(q, pop, q, c, pieces, max);
+}
+
+int vq_unpop(struct vq *q, uint32_t slots)
+{
+    ENTER(q);
+    DO(q, unpop, q, slots);
+}
+
+int vq_push(struct vq *q, uint32_t head, uint32_t slots, uint32_t written)
+{
+    ENTER(q);
+    DO(q, push, q, head, slots, written);
+}
+
+int vq_push_batch(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots)
+{
+    ENTER(q);
+    DO(q, push_batch, q, head, chains, slots);
+}
+
+int vq_publish(struct vq *q)
+{
+    ENTER(q);
+    DO(q, publish, q);
+}
+
+int vq_decide(struct vq *q)
+{
+    ENTER(q);
+    ANSWER(q, decide, q);
+}
+
+int vq_arm(struct vq *q)
+{
+    ENTER(q);
+    ANSWER(q, arm, q);
+}
+
+int vq_disarm(struct vq *q)
+{
+    ENTER(q);
+    DO(q, disarm, q);
+}

@@ -1,0 +1,60 @@
+/*
+ * What walking a chain has in common in both ring formats: taking a buffer over, and entering an indirect
+ * table. Included by split.inl and packed.inl.
+ */
+#pragma once
+
+#include "internal.h"
+
+/* Take one buffer of the chain over: its order, its place, its length. -> RING_OK or the rule broken. */
+static inline int walk_buffer(struct vq *q, struct chain *c, uint64_t gpa, uint32_t len, bool writable,
+                              struct piece *pieces, uint32_t max)
+{
+    if (writable)
+        q->walk.writable_seen = true;
+    else if (unlikely(q->walk.writable_seen))
+        return RING_E_ORDER;
+    if (unlikely(len == 0)) /* the address of an empty buffer means nothing */
+        return RING_OK;
+    uint32_t used = c->readable + c->writable;
+    int n = guestmem_translate(q->mem, &q->region_hint, gpa, len, pieces + used, max - used);
+    if (unlikely(n < 0))
+        return n;
+    if (writable) {
+        c->writable += (uint32_t)n;
+        c->writable_len += len;
+    } else {
+        c->readable += (uint32_t)n;
+        c->readable_len += len;
+    }
+    return unlikely(c->writable_len + c->readable_len > UINT32_MAX) ? RING_E_LENGTH : RING_OK;
+}
+
+/* Copy a whole indirect table into private memory, so that it cannot change while it is walked, and go on
+ * there. It may lie at any address and cross regions, even inside one descriptor.
+ * -> RING_MORE, RING_E_INDIRECT_LENGTH or RING_E_UNMAPPED. */
+static inline int walk_enter(struct vq *q, uint64_t gpa, uint32_t len)
+{
+    uint32_t entries = len / (uint32_t)sizeof(struct vring_desc);
+    uint8_t *to = (uint8_t *)q->table;
+    uint64_t left = len;
+
+    if (unlikely(entries == 0 || len % sizeof(struct vring_desc) || entries > q->table_limit))
+        return RING_E_INDIRECT_LENGTH;
+    while (left > 0) {
+        const struct guest_region *r = guestmem_find(q->mem, gpa, &q->region_hint);
+        if (unlikely(!r))
+            return RING_E_UNMAPPED;
+        uint64_t part = r->size - (gpa - r->gpa);
+        if (part > left)
+            part = left;
+        memcpy(to, r->hva + (gpa - r->gpa), part);
+        to += part;
+        gpa += part;
+        left -= part;
+    }
+    q->walk.indirect = true;
+    q->walk.next = 0;
+    q->walk.entries = q->walk.steps_left = entries;
+    return RING_MORE;
+}

@@ -1,0 +1,8 @@
+/* The fd pump for packed rings: both directions with the ring's micro-steps inlined. */
+#include "../core/packed.inl"
+
+#define RING(verb) packed_##verb
+#include "from_guest.inl"
+#include "to_guest.inl"
+
+const struct directions packed_directions = {from_guest, to_guest};

@@ -1,0 +1,8 @@
+/* The fd pump for split rings: both directions with the ring's micro-steps inlined. */
+#include "../core/split.inl"
+
+#define RING(verb) split_##verb
+#include "from_guest.inl"
+#include "to_guest.inl"
+
+const struct directions split_directions = {from_guest, to_guest};
