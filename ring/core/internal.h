@@ -32,6 +32,7 @@ static inline uint16_t load16_acquire(const uint16_t *p) { return __atomic_load_
 static inline void store16(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 static inline void store16_release(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline void store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 
 /* The one full barrier: orders our earlier stores before our later loads, which neither release nor
  * acquire does. ThreadSanitizer does not know fences, there a read-modify-write stands in. */
@@ -199,7 +200,7 @@ struct walk {
     bool writable_seen;  /* a device-writable descriptor was met: no readable one may follow */
     uint32_t next;       /* index to read, in the table it is in (packed: only in an indirect one) */
     uint32_t entries;    /* of that table */
-    uint32_t steps_left; /* bounds the walk by a number the driver cannot write */
+    uint32_t steps_left; /* bounds the walk by a number the driver cannot write (a packed ring: chain.slots does) */
 };
 
 struct vq {
