@@ -38,8 +38,7 @@ def _extension(name: str, contracts: Iterable[str], headers: Iterable[str], comp
         depends=_relative(included),
         include_dirs=["ring"],
         define_macros=[("RING_SOURCES_DIGEST", f'"{digest}"')],
-        extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fno-strict-aliasing",
-                            "-ftls-model=initial-exec", "-pthread"],
+        extra_compile_args=list(sources.COMPILER_FLAGS),
         extra_link_args=["-pthread"],
     )
     return made

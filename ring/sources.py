@@ -1,5 +1,6 @@
-"""Which C files make up the extension modules, and digests of them. Imports nothing of the package, so
-that the build recipe can load it before anything is built.
+"""Which C files make up the extension modules, how they are compiled, and digests of them.
+
+Imports nothing of the package, so that the build recipe can load it before anything is built.
 
 ``ring._core`` is core/ and plane/ without the files named driver*; those are the load generator, the module
 ``ring._driver``, which is no part of a daemon.
@@ -11,6 +12,8 @@ from pathlib import Path
 
 CONTRACTS = ("core/ring.h", "plane/pump.h")  # the cffi definition, in this order
 INCLUDED = ("core/include.h", "plane/include.h")  # the same, as C sees them
+COMPILER_FLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fno-strict-aliasing", "-ftls-model=initial-exec",
+                  "-pthread")
 DRIVER_CONTRACTS = ("core/driver.h",)
 DRIVER_INCLUDED = ("core/driver_include.h",)
 

@@ -1,8 +1,10 @@
 """tools/bench: how samples are taken and summed up. The measurement itself is for people to run."""
 
+import argparse
 import importlib.machinery
 import importlib.util
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -73,3 +75,23 @@ def test_own_work_is_not_foreign(bench: ModuleType) -> None:
 
 def test_a_process_that_is_gone_used_nothing(bench: ModuleType) -> None:
     assert bench.own_ticks([2**22 + 1]) == 0
+
+
+def test_each_ring_format_is_held_against_split(bench: ModuleType) -> None:
+    result = bench.against_split({"split": [100.0, 80.0, 120.0], "packed": [90.0, 88.0, 180.0]})
+    assert result["split"]["ratio"] == 1 and result["packed"]["cycles"] == 90.0
+    assert result["packed"]["ratio"] == 0.9 and result["packed"]["samples"] == 3
+    assert result["packed"]["ratio_quartiles"] == [0.9, 1.5]  # of 0.9, 1.1 and 1.5
+
+
+def test_rings_are_measured(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """That it runs and measures every format; what comes out is for a quiet machine."""
+    if not shutil.which("gcc") or not shutil.which("taskset"):
+        pytest.skip("the benchmark needs gcc and taskset (util-linux)")
+    results = bench.rings(argparse.Namespace(rounds=20))
+    bench.print_rings(results)
+    assert list(results["shapes"]) == ["one-descriptor", "two-descriptors", "indirect-table"]
+    for formats in results["shapes"].values():
+        assert list(formats) == ["split", "packed", "split-in-order", "packed-in-order"]
+        assert all(2 <= r["samples"] <= 20 and r["cycles"] > 0 for r in formats.values())
+    assert capsys.readouterr().out.count("indirect-table") == 4
