@@ -72,6 +72,7 @@ class Chain:
     descriptors = property(lambda self: self._c.descriptors)
     readable_len = property(lambda self: self._c.readable_len)
     writable_len = property(lambda self: self._c.writable_len)
+    pieces = property(lambda self: self._c.readable + self._c.writable, doc="Separate runs of memory it lies in.")
 
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
         """Up to ``length`` bytes of the device-readable part, from ``offset``. Raises MemoryGone."""
@@ -106,6 +107,7 @@ class VirtQueue:
                  base: int = 0):
         guard()
         self.memory = memory
+        self.features = features
         self.lent = False
         config = ffi.new("struct vq_config *", {"size": size, "base": base, "desc": desc, "avail": avail,
                                                 "used": used, "features": features})
@@ -166,17 +168,18 @@ class VirtQueue:
         self._popped.append(chain._c)
         return chain
 
-    def walk(self) -> bool:
-        """Read the next descriptor of the chain just taken -> does the chain go on? Raises ChainError."""
+    def walk(self, pieces: int = lib.RING_PIECES_MAX) -> bool:
+        """Read the next descriptor of the chain just taken, which may lie in so many pieces of memory
+        -> does the chain go on? Raises ChainError."""
         chain = self._walking
-        status = lib.vq_walk(self._ours(), chain._c, chain._pieces, lib.RING_PIECES_MAX)
+        status = lib.vq_walk(self._ours(), chain._c, chain._pieces, pieces)
         return self._checked(status, chain) == lib.RING_MORE
 
-    def pop(self) -> Chain | None:
-        """See if needed, take, and walk to the end -> the chain, or None. Raises ChainError, which is to be
-        pushed back."""
+    def pop(self, pieces: int = lib.RING_PIECES_MAX) -> Chain | None:
+        """See if needed, take, and walk to the end -> the chain, or None. pieces: as for walk. Raises
+        ChainError, which is to be pushed back."""
         chain = Chain(self)
-        status = lib.vq_pop(self._ours(), chain._c, chain._pieces, lib.RING_PIECES_MAX)
+        status = lib.vq_pop(self._ours(), chain._c, chain._pieces, pieces)
         if status == lib.RING_EMPTY:
             return None
         self._popped.append(chain._c)
@@ -198,8 +201,7 @@ class VirtQueue:
     def push_batch(self, chains: Sequence[Chain | ChainError]) -> None:
         """VIRTIO_F_IN_ORDER: one used entry for ``chains``, in the order they were popped; nothing was
         written to them."""
-        slots = sum(chain.slots for chain in chains)
-        self._checked(lib.vq_push_batch(self._ours(), chains[-1].head, len(chains), slots))
+        self._checked(lib.vq_push_batch(self._ours(), *_batch(chains)))
 
     def publish(self) -> None:
         """Everything pushed becomes visible to the driver."""
@@ -218,12 +220,25 @@ class VirtQueue:
         """Tell the driver that kicks are not needed."""
         self._checked(lib.vq_disarm(self._ours()))
 
+    def conclude(self, chains: Sequence[Chain | ChainError] = ()) -> CallReason:
+        """The ring broke: push a used entry for ``chains`` (as push_batch; none: no entry), publish what was
+        pushed before it broke, and decide. Raises what broke it if that was not the driver's indices."""
+        return CallReason(self._checked(lib.vq_conclude(self._ours(), *(_batch(chains) if chains else (0, 0, 0)))))
+
     # ---- what can be asked at any time, also while lent (then it is a snapshot)
 
     @property
     def base(self) -> int:
         """What GET_VRING_BASE answers (vq_base in core/ring.h has the encodings)."""
         return lib.vq_base(self.handle)
+
+    @property
+    def walk_at(self) -> tuple[int, bool]:
+        """The descriptor that walk reads next (an index in its table; packed, in the ring: a slot), and whether
+        that table is an indirect one. Means nothing when no chain is being walked."""
+        s = ffi.new("struct vq_state *")
+        lib.vq_state(self.handle, s)
+        return s.walk_at, bool(s.walk_in_table)
 
     @property
     def state(self) -> QueueState:
@@ -233,6 +248,11 @@ class VirtQueue:
         broken = error(s.broken, s.broken_at) if s.broken else None
         return QueueState(bool(s.packed), s.size, s.next_avail, bool(s.avail_wrap), s.known, bool(s.known_wrap),
                           s.next_used, bool(s.used_wrap), s.published, bool(s.kicks_wanted), broken)
+
+
+def _batch(chains: Sequence[Chain | ChainError]) -> tuple[int, int, int]:
+    """What one used entry for several chains is made of: the last one's head, their number, their slots."""
+    return chains[-1].head, len(chains), sum(chain.slots for chain in chains)
 
 
 def guard() -> None:

@@ -157,6 +157,8 @@ struct vq_state {
     uint32_t used_wrap;
     uint32_t published;   /* as next_used, for what the driver can see */
     uint32_t kicks_wanted;
+    uint32_t walk_at;     /* the descriptor vq_walk reads next: an index in its table; packed, in the ring: a slot */
+    uint32_t walk_in_table; /* that table is an indirect one */
     int32_t broken;       /* RING_OK or the code that stopped the ring */
     uint32_t broken_at;   /* what it was about: an index, a head or a descriptor */
 };
@@ -196,6 +198,9 @@ void vq_fail(struct vq *q, int status);
  * vq_arm      ask for a kick when more comes than is known, full barrier, look once more. -> how many chains came
  *             beyond those known, as far as one look tells; 0: none, and a kick will tell
  * vq_disarm   tell the driver that kicks are not needed
+ * vq_conclude the one verb for a ring that broke, as long as the driver's indices are what broke it: chains popped
+ *             before still get their used entries. Pushes one for several chains (as vq_push_batch; chains 0: none),
+ *             then publishes all that was pushed and decides. -> enum call_reason, or the code that broke the ring
  */
 int vq_see(struct vq *q);
 int vq_take(struct vq *q, struct chain *c);
@@ -208,6 +213,7 @@ int vq_publish(struct vq *q);
 int vq_decide(struct vq *q);
 int vq_arm(struct vq *q);
 int vq_disarm(struct vq *q);
+int vq_conclude(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots);
 
 /* Does `reason` (enum call_reason) mean that the driver is to be notified? */
 int call_is_due(int reason);

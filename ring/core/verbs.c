@@ -96,3 +96,30 @@ int vq_disarm(struct vq *q)
     ENTER(q);
     DO(q, disarm, q);
 }
+
+static int conclude(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots)
+{
+    if (q->is_packed) {
+        if (chains)
+            packed_push_batch(q, head, chains, slots);
+        packed_publish(q);
+        return packed_decide(q);
+    }
+    if (chains)
+        split_push_batch(q, head, chains, slots);
+    split_publish(q);
+    return split_decide(q);
+}
+
+int vq_conclude(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots)
+{
+    /* what we take from the ring has lost its meaning, what we put there has not */
+    if (q->broken && q->broken != RING_E_AVAIL_AHEAD && q->broken != RING_E_HEAD_RANGE &&
+        q->broken != RING_E_ENDLESS)
+        return q->broken;
+    if (guard_enter())
+        return vq_break(q, RING_E_MEMORY_GONE, 0);
+    int reason = conclude(q, head, chains, slots);
+    guard_leave();
+    return reason;
+}

@@ -158,6 +158,8 @@ void vq_state(const struct vq *q, struct vq_state *out)
         .used_wrap = q->used_wrap,
         .published = q->published,
         .kicks_wanted = q->kicks_wanted,
+        .walk_at = q->is_packed && !q->walk.indirect ? q->next_avail : q->walk.next,
+        .walk_in_table = q->walk.indirect,
         .broken = q->broken,
         .broken_at = q->broken_at,
     };

@@ -10,10 +10,6 @@
 
 #include "lane.h"
 
-/* A burst ends, and becomes visible, after so many frames; a direction yields after BURSTS of them. */
-#define BURST_FRAMES 64
-#define BURSTS 4
-
 static inline void break_queue(struct lane *l, const struct flow_config *flow, uint32_t event)
 {
     lane_event(l, event);

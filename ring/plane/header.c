@@ -1,8 +1,7 @@
-/* What may stand in a virtio_net_hdr, both ways. See header.h. */
+/* What may stand in a virtio_net_hdr, both ways. See pump.h. */
 #include <stdbool.h>
 
 #include "header.h"
-#include "include.h"
 
 #define F_NEEDS_CSUM 1
 #define F_DATA_VALID 2

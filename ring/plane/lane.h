@@ -11,9 +11,6 @@
 #include "header.h"
 #include "include.h"
 
-/* Largest frame with its header that a port can hand us; also the size of the private buffer. */
-#define FRAME_ROOM (65536 + 512)
-
 /* What a lane has to do next. */
 enum work {
     WORK_FROM_GUEST = 1,

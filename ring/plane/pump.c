@@ -373,7 +373,7 @@ struct lane *lane_new(void)
                                          .to_guest = {.kick = -1, .call = -1, .err = -1},
                                          .to_port = -1,
                                          .from_port = -1};
-        l->expect = NET_HEADER + 1514;
+        l->expect = SMALL_FRAME;
     }
     return l;
 }

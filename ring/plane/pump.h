@@ -8,6 +8,20 @@
  * guest's side, and `port_header` bytes (12 or 0) on the port's.
  */
 
+/* The numbers of the data plane that the step engine (vdev/step.py) shares. Bytes, unless said otherwise. */
+#define NET_HEADER 12
+#define ETHERNET_HEADER 14
+/* Largest frame with its header that a port can hand us. */
+#define FRAME_ROOM 66048
+/* What the next frame is taken to need, with its header, after an ordinary one and after a longer one. */
+#define SMALL_FRAME 1526
+#define LARGE_FRAME 65562
+/* A burst ends, and becomes visible, after so many frames or so much to the guest, which then works while we go
+ * on; a direction yields after so many bursts. */
+#define BURST_FRAMES 64
+#define BURST_BYTES 262144
+#define BURSTS 4
+
 struct pump; /* one worker thread */
 struct lane; /* one queue pair at one port */
 
@@ -73,6 +87,27 @@ struct lane_config {
     int32_t watch_kicks;           /* report kicks, even of a queue that is not started */
     uint64_t features;             /* negotiated */
 };
+
+/* struct virtio_net_hdr, as it lies before every frame (virtio 1.2, 5.1.6). Both checks work on a private copy;
+ * the guest's bytes are never handed on. */
+struct net_header {
+    uint8_t flags;
+    uint8_t gso_type;
+    uint16_t hdr_len;     /* a hint, never relied upon */
+    uint16_t gso_size;
+    uint16_t csum_start;
+    uint16_t csum_offset;
+    uint16_t num_buffers;
+};
+
+/* Check what the driver said about its frame of `length` bytes and make it fit for the kernel: unknown
+ * flags dropped, hdr_len no longer than the frame, num_buffers zero.
+ * -> 0, or the enum drop_reason DROP_BAD_HEADER. */
+int header_from_guest(struct net_header *h, uint64_t length, uint64_t features, uint32_t gso_size_min);
+
+/* Make a port's header fit for the driver: what it did not negotiate is taken out where that changes
+ * nothing, num_buffers becomes 1. -> 0, or DROP_OFFLOAD when the frame needs what is missing. */
+int header_to_guest(struct net_header *h, uint64_t features);
 
 /* -> NULL with errno. `report` is an eventfd of the caller, written when a lane has events. */
 struct pump *pump_new(int report);

@@ -14,12 +14,7 @@
  */
 #include "flow.h"
 
-#define BURST_BYTES (256 * 1024) /* so much is made visible early: the guest works while we go on */
-
 #define PIECES_MAX (RING_PIECES_MAX - 1) /* beside our header the tail, too, is a piece of its own */
-
-#define SMALL_FRAME (NET_HEADER + 1514)
-#define LARGE_FRAME (NET_HEADER + 65550)
 
 /* The chains a frame is being put into. */
 struct intake {
