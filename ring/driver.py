@@ -21,7 +21,7 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ring.driver_memory import Extent, GuestMemory, OutOfGuestMemory, Region
@@ -73,6 +73,8 @@ class DriverQueue:
         self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.kicks = 0
+        # A device without a thread of its own has its turn after each kick and before each wait.
+        self.device_turn: Callable[[], None] = lambda: None
         self._outstanding: dict[int, _Outstanding] = {}
 
     def __enter__(self) -> "DriverQueue":
@@ -149,6 +151,7 @@ class DriverQueue:
         """Notify the device, wanted or not."""
         self.kicks += 1
         os.eventfd_write(self.kick_fd, 1)
+        self.device_turn()
 
     def submit(self) -> bool:
         """Publish, and kick if the device wants it -> whether it did."""
@@ -211,6 +214,7 @@ class DriverQueue:
         -> False after ``timeout`` seconds. Once asleep only a notification wakes it: used chains for which
         the device owes one and sends none do not count.
         """
+        self.device_turn()
         waiter = select.poll()
         waiter.register(self.call_fd, select.POLLIN)
         deadline = time.monotonic() + timeout

@@ -2,14 +2,18 @@
 
 DeviceSide maps a driver's memory and opens the device's end of its queues, as the back-end does when the
 front-end tells it to. PumpedDevice puts a pump between one NetDriver and one end of a socket pair; the
-other end, ``wire``, is the network: each message a 12-byte virtio_net_hdr and a frame.
+other end, ``wire``, is the network: each message a 12-byte virtio_net_hdr and a frame. SteppedDevice puts the step
+engine there. ENGINES has both, for tests that hold for either.
 """
 
 import contextlib
 import os
 import select
 import socket
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Self
 
 from ring.driver import DriverQueue, GuestMemory
 from ring.driver_split import DESCRIPTOR, DescriptorTable
@@ -18,6 +22,7 @@ from ring.guestmem import Owner
 from ring.pump import Flow, FlowStats, Lane, LaneConfig, LaneEvent, Pump
 from ring.virtqueue import VirtQueue
 from vdev.net.features import Feature, mask
+from vdev.step import StepLane
 from vdev.testing.netdriver import NetDriver, NetHeader
 
 # What any driver of today negotiates, offloads left aside.
@@ -88,13 +93,15 @@ def joined(size: int = 8, features: int = 0, base: int | None = None,
         yield driver, side.queue(driver)
 
 
-class PumpedDevice:
-    """A pump between ``driver`` and a wire.
+class WiredDevice(ABC):
+    """A lane between ``driver`` and a wire; what serves it, a subclass knows.
 
     Attached when made, unless ``attach`` is False; ``config`` may be changed between :meth:`detach` and
     :meth:`attach`. loop: every frame from the guest goes back to it. Further keyword arguments are fields
     of LaneConfig.
     """
+
+    lane: Lane | StepLane
 
     def __init__(self, driver: NetDriver, *, attach: bool = True, loop: bool = False, **config: object) -> None:
         self.side = DeviceSide(driver.memory)
@@ -110,34 +117,42 @@ class PumpedDevice:
                                  features=driver.features)
         for name, value in config.items():
             setattr(self.config, name, value)
-        self.lane = Lane()
-        self._report = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.pump = Pump(self._report)
         self._attached = False
         if attach:
             self.attach()
 
-    def __enter__(self) -> "PumpedDevice":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
     def attach(self) -> None:
-        """Configure the lane and lend it to the pump."""
+        """Configure the lane and have it served."""
         self.lane.configure(self.config)
-        self.pump.attach(self.lane)
+        self._lend()
         self._attached = True
 
     def detach(self, timeout_ms: int = 5000) -> None:
         """Take it back."""
-        self.pump.detach(self.lane, timeout_ms)
+        self._take_back(timeout_ms)
         self._attached = False
+
+    @abstractmethod
+    def _lend(self) -> None: ...
+
+    @abstractmethod
+    def _take_back(self, timeout_ms: int) -> None: ...
+
+    @abstractmethod
+    def _turn(self) -> None:
+        """Let the device work until nothing is left to do, if it has no thread of its own."""
 
     # ------------------------------------------------------------------------------------- the wire
 
     def receive(self, seconds: float = 5) -> tuple[NetHeader, bytes] | None:
         """What the device put on the wire: header and frame; None if nothing came within ``seconds``."""
+        self._turn()
         if not select.select([self.wire], [], [], seconds)[0]:
             return None
         message = self.wire.recv(1 << 17)
@@ -146,60 +161,129 @@ class PumpedDevice:
     def send(self, frame: bytes, header: NetHeader | None = None) -> None:
         """Put a frame on the wire for the guest. Raises BlockingIOError when the wire takes no more."""
         self.wire.send((header or NetHeader()).pack() + frame)
+        self._turn()
 
     # ----------------------------------------------------------------------------------- what it says
 
     @property
     def from_guest(self) -> FlowStats:
         """Counters of that direction."""
+        self._turn()
         return self.lane.stats()[0]
 
     @property
     def to_guest(self) -> FlowStats:
         """Counters of that direction."""
+        self._turn()
         return self.lane.stats()[1]
 
     def events(self, seconds: float = 5) -> LaneEvent:
-        """Wait for the pump to report, and take what it has to say (nothing: LaneEvent(0))."""
-        select.select([self._report], [], [], seconds)
-        _taken(self._report)
+        """Wait for the lane to report something, and take what it has to say (nothing: LaneEvent(0))."""
+        self._turn()
         return self.lane.events()
 
     def errors(self) -> tuple[int, int]:
         """How often the err eventfd of (transmitq, receiveq) was signalled since the last question."""
+        self._turn()
         return _taken(self.err_fds[0]), _taken(self.err_fds[1])
 
     def close(self) -> None:
-        """Detach, end the pump, free everything made here; the driver stays its owner's."""
+        """Detach, free everything made here; the driver stays its owner's."""
         if self._attached:
             self.detach()
-        self.pump.close()
         self.lane.close()
         self.side.close()
         self.wire.close()
         self._port.close()
-        for fd in (*self.err_fds, self._report):
+        for fd in self.err_fds:
             os.close(fd)
 
 
-@contextlib.contextmanager
-def pumped(features: int = USUAL, memory: GuestMemory | None = None,
-           **options: object) -> Iterator[tuple[NetDriver, PumpedDevice]]:
-    """A driver and its pumped device, in memory of their own or in ``memory``, which stays the caller's.
+class PumpedDevice(WiredDevice):
+    """A pump between ``driver`` and a wire."""
 
-    Options are those of PumpedDevice, and ``size`` and ``buffer_size`` of NetDriver.
-    """
+    def __init__(self, driver: NetDriver, **options: object) -> None:
+        self.lane = Lane()
+        self._report = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.pump = Pump(self._report)
+        super().__init__(driver, **options)
+
+    def _lend(self) -> None:
+        self.pump.attach(self.lane)
+
+    def _take_back(self, timeout_ms: int) -> None:
+        self.pump.detach(self.lane, timeout_ms)
+
+    def _turn(self) -> None:
+        """Its worker needs no such hint."""
+
+    def events(self, seconds: float = 5) -> LaneEvent:
+        select.select([self._report], [], [], seconds)
+        _taken(self._report)
+        return super().events()
+
+    def close(self) -> None:
+        super().close()
+        self.pump.close()
+        os.close(self._report)
+
+
+class SteppedDevice(WiredDevice):
+    """The step engine between ``driver`` and a wire, without a thread: it works until nothing is left to do whenever
+    the driver kicks or waits, a frame is sent to it, or it is asked for anything."""
+
+    def __init__(self, driver: NetDriver, **options: object) -> None:
+        self.lane = StepLane()
+        self._serving = threading.Lock()  # a test may kick from several threads
+        for queue in (driver.transmitq, driver.receiveq):
+            queue.device_turn = self._turn
+        super().__init__(driver, **options)
+
+    def _lend(self) -> None:
+        self.lane.attach()
+        self._turn()
+
+    def _take_back(self, timeout_ms: int) -> None:
+        with self._serving:
+            self.lane.detach()
+
+    def _turn(self) -> None:
+        with self._serving:
+            self.lane.run()
+
+
+@contextlib.contextmanager
+def _served(kind: type[WiredDevice], features: int, memory: GuestMemory | None,
+            options: dict[str, object]) -> Iterator[tuple[NetDriver, WiredDevice]]:
     of_driver = {name: options.pop(name) for name in ("size", "buffer_size") if name in options}
     with contextlib.ExitStack() as stack:
         guest = memory or stack.enter_context(GuestMemory(32 << 20))
         driver = stack.enter_context(NetDriver(guest, features=features, **of_driver))
-        yield driver, stack.enter_context(PumpedDevice(driver, **options))
+        yield driver, stack.enter_context(kind(driver, **options))
+
+
+def pumped(features: int = USUAL, memory: GuestMemory | None = None,
+           **options: object) -> contextlib.AbstractContextManager[tuple[NetDriver, PumpedDevice]]:
+    """A driver and its pumped device, in memory of their own or in ``memory``, which stays the caller's.
+
+    Options are those of WiredDevice, and ``size`` and ``buffer_size`` of NetDriver.
+    """
+    return _served(PumpedDevice, features, memory, options)
+
+
+def stepped(features: int = USUAL, memory: GuestMemory | None = None,
+            **options: object) -> contextlib.AbstractContextManager[tuple[NetDriver, SteppedDevice]]:
+    """As :func:`pumped`, served by the step engine."""
+    return _served(SteppedDevice, features, memory, options)
+
+
+ENGINES = {"step": stepped, "pump": pumped}
 
 
 _PROBE = bytes(range(60))  # long enough for an Ethernet header, short enough for every buffer
 
 
-def assert_serves(driver: NetDriver, device: PumpedDevice) -> None:
+def assert_serves(driver: NetDriver, device: WiredDevice) -> None:
     """Both directions of an untouched guest work. Raises AssertionError where one does not."""
     driver.transmit(_PROBE)
     assert device.receive(10) == (NetHeader(), _PROBE)
