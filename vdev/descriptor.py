@@ -31,7 +31,7 @@ def capabilities() -> dict[str, Any]:
         "features": names(offer.IMPLEMENTED),
         "protocol_features": [bit.name for bit in ProtocolFeature if offer.PROTOCOL >> bit & 1],
         "ports": {kind: spec.USAGE for kind, spec in KINDS.items()},
-        "rings": ["split"],
+        "rings": ["split", "packed"],
         "max_queue_pairs": QUEUE_PAIRS_MAX,
         "max_queue_size": QUEUE_SIZE_MAX,
     }
