@@ -208,7 +208,7 @@ class PackedRing(Ring):
             self._published = self.next_avail
 
     def kick_due(self) -> bool:
-        """Does the device want to hear of what was published since the last question? (2.8.10, 2.8.21.3)
+        """Does the device want to hear of what was published since the last question? (2.8.10, 2.8.21.3.1)
 
         Raises DeviceError for an event suppression structure that means nothing.
         """

@@ -91,7 +91,7 @@ class Ring:
     A chain goes by its name: the index of its first descriptor (split), its buffer id (packed). ``free``
     holds what new chains are made of: descriptors (split), buffer ids (packed).
 
-    In order (VIRTIO_F_IN_ORDER, 2.7.9 and 2.8.9): the device may complete a batch of chains with one used
+    In order (VIRTIO_F_IN_ORDER, 2.7.9 and 2.8.8): the device may complete a batch of chains with one used
     entry that names the last of them; those before it count as completely used.
     """
 

@@ -49,19 +49,19 @@ _TABLE = {
     "RING_E_PIECES": (ChainError, "descriptor {at}: more than 1023 separate pieces of memory in one chain"),
     "RING_E_ORDER": (ChainError, "descriptor {at}: device-readable after a device-writable one (virtio 2.7.4.2)"),
     "RING_E_INDIRECT_OFF": (ChainError, "descriptor {at}: INDIRECT was not negotiated (virtio 2.7.5.3.1, "
-                                        "2.8.19.1)"),
+                                        "2.8.19)"),
     "RING_E_INDIRECT_NEXT": (ChainError, "descriptor {at}: INDIRECT and NEXT together, or, on a packed ring, "
-                                         "INDIRECT inside a chain (virtio 2.7.5.3.1, 2.8.19.1)"),
+                                         "INDIRECT inside a chain (virtio 2.7.5.3.1, 2.8.19)"),
     "RING_E_INDIRECT_NESTED": (ChainError, "descriptor {at}: INDIRECT inside an indirect table (virtio 2.7.5.3.1)"),
     "RING_E_INDIRECT_LENGTH": (ChainError, "descriptor {at}: the indirect table's length is zero, no multiple of 16, "
-                                           "or too large (virtio 2.7.5.3)"),
+                                           "or too large (virtio 2.7.5.3, 2.8.7)"),
     "RING_E_UNMAPPED": (ChainError, "descriptor {at}: its address range is not in guest memory"),
     "RING_E_LENGTH": (ChainError, "descriptor {at}: the chain is longer than 4 GiB (virtio 2.7.5.2)"),
     "RING_E_AVAIL_AHEAD": (RingBroken, "available index {at} is ahead by more than the queue size (virtio 2.7.6)"),
     "RING_E_HEAD_RANGE": (RingBroken, "the available ring names descriptor {at}, which is outside the table "
                                       "(virtio 2.7.6)"),
     "RING_E_MEMORY_GONE": (MemoryGone, "guest memory vanished: its file was truncated or its file system is full"),
-    "RING_E_ENDLESS": (RingBroken, "the chain at slot {at} goes once around the ring without an end (virtio 2.8.6)"),
+    "RING_E_ENDLESS": (RingBroken, "the chain at slot {at} goes once around the ring without an end (virtio 2.8.17)"),
     "RING_E_QUEUE_SIZE": (SetupError, "the queue size must be between 1 and 32768, and for a split ring a power of two "
                                       "(virtio 2.7, 2.8.10.1)"),
     "RING_E_RING_ALIGNMENT": (SetupError, "descriptor table, available and used ring must be aligned to 16, 2 and 4 "

@@ -399,7 +399,7 @@ def test_split_descriptors_are_taken_round_the_table_in_order(memory):
             heads.append(queue.post([b"a", b"b", b"c"]))
             slot = heads[-1]
             for _ in range(2):
-                assert queue.ring.desc[slot].next == (slot + 1) % 4  # 2.7.5.1
+                assert queue.ring.desc[slot].next == (slot + 1) % 4  # 2.7.5.2
                 slot = queue.ring.desc[slot].next
             queue.publish()
             use_split(queue, heads[-1], 0, 1)

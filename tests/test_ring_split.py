@@ -152,7 +152,7 @@ def test_kicks_wanted_and_not_by_event():
                 assert device.arm() == 0 and driver.ring.used.avail_event == 0
         assert kicks == [True, False, True, False]
         device.disarm()
-        assert driver.ring.used.flags == 0  # 2.7.10.1: must not be used with EVENT_IDX
+        assert driver.ring.used.flags == 0  # 2.7.10.2: must not be used with EVENT_IDX
 
 
 def test_arm_asks_for_what_comes_after_the_chains_known():

@@ -104,7 +104,7 @@ static bool packed_kick_is_due(struct driver *d)
     uint32_t by = (d->published + laps(d) - d->kick_decided) % laps(d);
 
     d->kick_decided = d->published;
-    /* Full: the flags visible before the device's wish is read (2.8.21.3). The device does the mirror image. */
+    /* Full: the flags visible before the device's wish is read (2.8.21.3.1). The device does the mirror image. */
     full_barrier();
     uint32_t wish = __atomic_load_n((uint32_t *)(void *)d->device_event, __ATOMIC_RELAXED);
     uint16_t flags = (uint16_t)(wish >> 16), slot = wish & 0x7fff;

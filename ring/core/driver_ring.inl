@@ -9,7 +9,7 @@
  * its first descriptor (split), its buffer id (packed).
  *
  * In order (VIRTIO_F_IN_ORDER) slots are taken and come back in turn, and one used entry may complete a
- * batch: it names the last chain, those before it count as completely used (virtio 1.2, 2.7.9, 2.8.9).
+ * batch: it names the last chain, those before it count as completely used (virtio 1.2, 2.7.9, 2.8.8).
  */
 #include <poll.h>
 #include <pthread.h>

@@ -89,7 +89,7 @@ static int split_want_calls(struct driver *d, uint16_t more)
     return split_pending(d);
 }
 
-/* With EVENT_IDX the event left behind is the refusal; flags must stay 0 there (2.7.10). */
+/* With EVENT_IDX the event left behind is the refusal; flags must stay 0 there (2.7.7.1). */
 static void split_refuse_calls(struct driver *d)
 {
     if (!d->event_idx)

@@ -179,7 +179,7 @@ struct vring_used {
     struct vring_used_elem ring[]; /* [size], then uint16_t avail_event */
 };
 
-/* 2.8.13 "The Virtqueue Descriptor Table": available and used descriptors in one ring */
+/* 2.8.13 "The Virtqueue Descriptor Format": available and used descriptors in one ring */
 struct packed_desc {
     uint64_t addr;  /* gpa */
     uint32_t len;
@@ -188,7 +188,7 @@ struct packed_desc {
 };
 _Static_assert(sizeof(struct packed_desc) == sizeof(struct vring_desc), "one private copy serves both formats");
 
-/* 2.8.14 "Event Suppression Structure Layout" */
+/* 2.8.14 "Event Suppression Structure Format" */
 struct packed_event {
     uint16_t off_wrap; /* slot, and its wrap counter in bit 15 */
     uint16_t flags;    /* PACKED_EVENT_* */

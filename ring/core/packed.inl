@@ -13,7 +13,7 @@
  * does not; it is used when both equal it (2.8.1). An index is a slot here, with its counter beside it.
  *
  * Only the first descriptor of a chain tells that the chain is available: the driver writes its flags last
- * (2.8.22). In the other direction the first used descriptor of a batch is flipped last (2.8.12), which makes
+ * (2.8.6). In the other direction the first used descriptor of a batch is flipped last (2.8.9), which makes
  * all of the batch visible at once, merged receive buffers included.
  *
  * The rules of split.inl hold here too: everything is read once into private memory, every loop is bounded by
@@ -113,7 +113,7 @@ static inline int packed_walk(struct vq *q, struct chain *c, struct piece *piece
     struct walk *w = &q->walk;
     struct packed_desc d;
 
-    if (w->indirect) { /* consecutive entries of which only WRITE counts (2.8.19) */
+    if (w->indirect) { /* consecutive entries of which only WRITE counts (2.8.7) */
         const struct packed_desc *entry = (const struct packed_desc *)q->table + w->next;
         int rule = walk_buffer(q, c, entry->addr, entry->len, entry->flags & DESC_F_WRITE, pieces, max);
         c->descriptors++;
@@ -125,7 +125,7 @@ static inline int packed_walk(struct vq *q, struct chain *c, struct piece *piece
     if (unlikely(!packed_next(q, c, &d)))
         return vq_break(q, RING_E_ENDLESS, at);
     c->descriptors++;
-    if (d.flags & DESC_F_INDIRECT) { /* WRITE is ignored there (2.8.19) */
+    if (d.flags & DESC_F_INDIRECT) { /* WRITE is ignored there (2.8.7) */
         int rule = RING_E_INDIRECT_OFF;
         if (likely(q->indirect)) {
             /* unlike a split ring's, an indirect descriptor stands alone (2.8.19) */

@@ -136,7 +136,7 @@ static inline void split_push(struct vq *q, uint32_t head, uint32_t slots, uint3
     q->next_used = (uint16_t)(q->next_used + slots);
 }
 
-/* 2.7.8.1: the one element of an in-order batch lies where the first one's would. */
+/* 2.7.9: the one element of an in-order batch lies where the first one's would. */
 static inline void split_push_batch(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots)
 {
     (void)chains;
@@ -169,7 +169,7 @@ static inline int split_decide(struct vq *q)
         q->first_decision = false;
         return CALL_FIRST;
     }
-    /* 2.7.10: due when an index in [before, now) equals used_event, across 65536 too */
+    /* 2.7.7.2: due when an index in [before, now) equals used_event, across 65536 too */
     return (uint16_t)(now - event - 1) < (uint16_t)(now - before) ? CALL_EVENT_REACHED : CALL_EVENT_AHEAD;
 }
 

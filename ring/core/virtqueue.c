@@ -10,7 +10,7 @@ struct extent {
     uint64_t desc, avail, used;
 };
 
-/* virtio 1.2, 2.7 and 2.8.14 */
+/* virtio 1.2, 2.7 and 2.8.10.1 */
 static struct extent part_bytes(uint32_t size, bool packed)
 {
     if (packed)

@@ -8,7 +8,7 @@
  * A port that takes no more gets its chain back into the ring, and the lane waits until it is writable. A
  * disabled queue, a port that is gone and a null port are drained: the guest must not be held up by them.
  *
- * With VIRTIO_F_IN_ORDER one used entry completes a whole burst (2.7.8.1, 2.8.16): a transmitted chain is
+ * With VIRTIO_F_IN_ORDER one used entry completes a whole burst (2.7.9, 2.8.8): a transmitted chain is
  * always completely used, so skipping its entry tells the driver the truth.
  *
  * The guard is armed once a burst. Guest memory that vanishes ends the burst: the lane is dead then and the

@@ -8,7 +8,7 @@
  * more, and the port is not read meanwhile: back-pressure, not loss.
  *
  * Each buffer gets a used entry of its own, with VIRTIO_F_IN_ORDER too: skipping an entry would claim that its
- * buffer was filled completely (2.7.8.1), which is true of a frame's inner buffers only.
+ * buffer was filled completely (2.7.9), which is true of a frame's inner buffers only.
  *
  * The guard is armed once a burst; see from_guest.inl for what happens when memory vanishes.
  */
