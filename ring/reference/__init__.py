@@ -6,10 +6,15 @@
     chain.py    one chain: the buffers it describes, and what may be wrong with them
     memory.py   guest memory, and where an address lies in it
     rules.py    every rule a driver can break, with its section; why a driver is notified
+    show.py     a ring as text
 
-Read split.py first, then what differs in packed.py. A queue is used exactly as ring.virtqueue.VirtQueue is,
-and gives the same answers: tests/test_ring_agreement.py drives both with the same drivers, honest and lying,
-and compares every answer and every byte. That is what this package is for: to be understood, and to be right.
+docs/rings.md follows one frame through both formats. Read split.py first, in which steps come in the order of
+events, then what differs in packed.py. Constants have the specification's names, less their prefix VIRTQ_ or
+VIRTIO_F_; addresses are guest-physical (gpa) unless they are called uva.
+
+A queue is used exactly as ring.virtqueue.VirtQueue is, and gives the same answers: tests/test_ring_agreement.py
+drives both with the same drivers, honest and lying, and compares every answer and every byte. That is what this
+package is for: to be understood, and to be right.
 
 It is no engine. It knows no barriers, so the driver has to stand still while it works; it knows nothing of
 guest memory that vanishes; and it is slow. No daemon serves a guest with it.

@@ -1,7 +1,8 @@
 """One chain of descriptors: the buffers it describes, and what may be wrong with each of them.
 
 Both formats describe buffers alike and keep the same rules about them; how descriptors hang together is what
-split.py and packed.py are about. Sections are those of virtio 1.2.
+split.py and packed.py are about. Sections are those of virtio 1.2; constants have its names, less the prefix
+VIRTQ_.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,15 +12,15 @@ from ring.reference.rules import ChainError, Rule
 
 DESCRIPTOR_BYTES = 16  # in both formats (2.7.5, 2.8.13)
 
-F_NEXT = 1  # the chain goes on
-F_WRITE = 2  # the buffer is for the device to write; otherwise, to read
-F_INDIRECT = 4  # the buffer is a table of descriptors
+DESC_F_NEXT = 1  # the chain goes on
+DESC_F_WRITE = 2  # the buffer is for the device to write; otherwise, to read
+DESC_F_INDIRECT = 4  # the buffer is a table of descriptors
 
-# Limits of this device. readv and writev take 1024 pieces, one of which is the net header's.
+# Limits of this device (2.7.4.1, 2.8.18). readv and writev take 1024 pieces, one of which is the net header's.
 PIECES_MAX = 1023
 TABLE_ENTRIES_MIN_LIMIT = 1024  # some drivers have tables longer than their queue
 
-_CHAIN_BYTES_MAX = (1 << 32) - 1
+_CHAIN_BYTES_MAX = (1 << 32) - 1  # what the 32-bit length of a used entry can tell
 
 
 class Chain:
@@ -99,7 +100,7 @@ class Chain:
         return b"".join(self._memory.read(*part) for part, _ in _cut(self.readable, offset, end))
 
     def write(self, data: bytes, offset: int = 0) -> int:
-        """Write into what the device may write, from ``offset`` -> bytes that fitted."""
+        """Write into what the device may write, and only there (2.7.5.1, 2.8.15) -> bytes that fitted."""
         written = 0
         for part, position in _cut(self.writable, offset, offset + len(data)):
             self._memory.write(part.gpa, data[position:position + part.len])

@@ -55,7 +55,7 @@ def pieces(regions: Sequence[Region], gpa: int, length: int) -> Iterator[Piece |
         part = min(length, region.gpa + region.size - gpa)
         yield Piece(gpa, part)
         length -= part
-        gpa = (gpa + part) % _ADDRESSES
+        gpa = (gpa + part) % _ADDRESSES  # a number of 64 bits, as in C: 0 comes after the last address
 
 
 def find_ring_part(regions: Sequence[Region], uva: int, length: int) -> int | None:

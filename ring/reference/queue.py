@@ -10,7 +10,8 @@ A life of a chain::
     queue.publish()        now it does
     queue.decide()         must the driver be notified?
 
-and, when nothing is available, ``arm`` to hear of what comes, ``disarm`` when that is not wanted any more.
+``pop`` is see, take and all of walk at once. When nothing is available, ``arm`` asks for a kick when something
+comes, and ``disarm`` says that none is needed. ``unpop`` gives back what was taken and not used.
 """
 
 from abc import ABC, abstractmethod
@@ -26,8 +27,6 @@ QUEUE_SIZE_MAX = 32768  # 2.7, 2.8
 
 INDIRECT_DESC = 28  # feature bits (section 6)
 EVENT_IDX = 29
-
-INDEX_MODULO = 1 << 16  # event indices are compared as numbers of 16 bits in both formats (2.7.10, 2.8.10)
 
 
 @dataclass(frozen=True)
@@ -90,21 +89,13 @@ class Queue(ABC):
         if self.broken:
             raise self.broken
 
-    def _descriptor_at(self, index: int) -> int:
+    def descriptor_at(self, index: int) -> int:
+        """The gpa of a descriptor of the ring."""
         return self.desc + DESCRIPTOR_BYTES * index
 
-    def _descriptor_bytes(self, index: int) -> bytes:
-        return self.memory.read(self._descriptor_at(index), DESCRIPTOR_BYTES)
-
-    def pop(self) -> Chain | None:
-        """Take the next chain and walk it to its end; None if there is none. Raises ChainError."""
-        chain = self.take()
-        if chain is None and self.see():
-            chain = self.take()
-        if chain is not None:
-            while self.walk():
-                pass
-        return chain
+    def descriptor_bytes(self, index: int) -> bytes:
+        """That descriptor, as it is now."""
+        return self.memory.read(self.descriptor_at(index), DESCRIPTOR_BYTES)
 
     @abstractmethod
     def see(self) -> int:
@@ -117,6 +108,16 @@ class Queue(ABC):
     @abstractmethod
     def walk(self) -> bool:
         """Read the next descriptor of the chain taken last -> does the chain go on? Raises ChainError."""
+
+    def pop(self) -> Chain | None:
+        """Take the next chain and walk it to its end; None if there is none. Raises ChainError."""
+        chain = self.take()
+        if chain is None and self.see():
+            chain = self.take()
+        if chain is not None:
+            while self.walk():
+                pass
+        return chain
 
     def unpop(self, count: int = 1) -> None:
         """Give the ``count`` (at most size) most recently taken chains back, unused, to be taken again."""
