@@ -1,8 +1,9 @@
-"""Every command that README.md and docs/ show is run, or the document says why not.
+"""Every command and every line of Python that README.md and docs/ show is run, or the document says why not.
 
 A fenced block marked ``sh`` holds commands; one marked ``console`` holds commands after ``$`` and what they
-print, in which ``...`` stands for anything. A block marked ``toml`` is a configuration file. An HTML comment
-just above a block says what is special:
+print, in which ``...`` stands for anything. A block marked ``toml`` is a configuration file. Blocks marked
+``pycon`` are one session of Python, all those of a document together, and print what they say, to the letter. An
+HTML comment just above a block says what is special:
 
     <!-- runs until stopped -->   the last paragraph is a daemon: it must get ready, and end well on SIGTERM
     <!-- not run: REASON -->
@@ -11,6 +12,7 @@ Commands run at the project's root with the directory of this Python first in PA
 directory that vanishes. Daemons run in a network namespace of their own, as they may make TAP devices.
 """
 
+import doctest
 import os
 import re
 import shutil
@@ -27,7 +29,8 @@ from vdev.testing.netns import Namespace, why_no_tap
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if path.exists()]
 COMMANDS = ("sh", "console")
-NO_COMMANDS = ("text", "python", "c", "toml")
+SESSION = "pycon"
+NOT_RUN = ("text", "c", "toml")
 
 BLOCK = re.compile(r"(?:^<!-- (?P<note>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
                    re.MULTILINE | re.DOTALL)
@@ -100,8 +103,8 @@ def test_documents_are_found() -> None:
 def test_every_block_is_run_or_says_why_not() -> None:
     known = ("", "runs until stopped")
     wrong = [f"{block}: {block.language or 'no language'} {block.note}" for block in blocks()
-             if block.language not in (*COMMANDS, *NO_COMMANDS)
-             or block.language in COMMANDS and block.note not in known
+             if block.language not in (*COMMANDS, SESSION, *NOT_RUN)
+             or block.language in (*COMMANDS, SESSION) and block.note not in known
              and not re.fullmatch(r"not run: \S.*", block.note)]
     assert not wrong
 
@@ -147,3 +150,40 @@ def test_configuration_files(block: Block, environment: dict[str, str], tmp_path
     done = subprocess.run([shutil.which("vdev", path=environment["PATH"]), "--config", tmp_path / "vdev.toml",
                            "--check-config"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- Python
+
+
+def session(document: Path) -> str:
+    """The Python of a document with the prose blanked out, so that every line keeps its number."""
+    lines = [""] * len(document.read_text().splitlines())
+    for block in blocks():
+        if block.language == SESSION and not block.note and ROOT / block.document == document:
+            text = block.text.splitlines()
+            lines[block.line:block.line + len(text)] = text
+    return "\n".join(lines)
+
+
+def differences(text: str, name: str) -> str:
+    """Run a session -> where it prints something else than it says, as doctest reports it."""
+    report: list[str] = []
+    test = doctest.DocTestParser().get_doctest(text, {}, name, name, 0)
+    doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    return "".join(report)
+
+
+SESSIONS = [document for document in DOCUMENTS if session(document).strip()]
+
+
+@pytest.mark.parametrize("document", SESSIONS, ids=lambda document: document.name)
+def test_python_sessions(document: Path) -> None:
+    different = differences(session(document), document.name)
+    assert not different, different
+
+
+def test_a_session_that_prints_something_else_is_noticed() -> None:
+    assert ROOT / "docs/rings.md" in SESSIONS
+    text = session(ROOT / "docs/rings.md")
+    assert "line 4" in differences(">>> x = 1\n\n\n>>> x + 1\n3\n", "example")
+    assert differences(text.replace("next_avail 1  known 2", "next_avail 0  known 2", 1), "rings.md")

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from cffi import FFI
 
-from ring import sources
+from ring import reference, sources
+from ring.reference.packed import Place
 
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "pyproject.toml").exists():
@@ -332,3 +333,36 @@ def test_cited_sections_about_rings_exist() -> None:
              for number, line in enumerate(path.read_text().splitlines(), 1)
              for section in cited.findall(line) if section not in known]
     assert not wrong
+
+
+# ----------------------------------------------------------------------------------- the table in docs/rings.md
+
+
+def steps() -> list[tuple[str, list[str], list[str]]]:
+    """(verb or nothing, functions of the reference, functions in C) of each row in the table of docs/rings.md."""
+    table = (ROOT / "docs/rings.md").read_text().partition("| step | what happens |")[2]
+    rows = re.findall(r"^\|([^|]*)\|[^|]*\|[^|]*\|([^|]*)\|([^|]*)\|$", table, re.MULTILINE)
+    return [(verb.strip(" `"), re.findall(r"`([\w.]+)`", python), re.findall(r"`(\w+)`", c))
+            for verb, python, c in rows[1:]]
+
+
+def test_table_of_steps_names_functions_that_exist() -> None:
+    defined = set()
+    for path in c_files("core"):
+        defined.update(re.findall(r"^static inline [\w ]+?\**(\w+)\(", path.read_text(), re.MULTILINE))
+    classes = vars(reference) | {"Place": Place}
+    for verb, python, c in steps():
+        assert python and c
+        for name in python:
+            owner, method = name.split(".")
+            assert callable(getattr(classes[owner], method)), name
+            assert method in vars(classes[owner]), f"{name} is inherited"
+        assert set(c) <= defined, set(c) - defined
+        if verb:
+            assert {f"split_{verb}", f"packed_{verb}"} == set(c)
+
+
+def test_table_of_steps_has_every_verb() -> None:
+    verbs = {name for name, value in vars(reference.Queue).items()
+             if not name.startswith("_") and callable(value)} - {"descriptor_at", "descriptor_bytes"}
+    assert {verb for verb, _, _ in steps()} == verbs | {""}
