@@ -47,9 +47,9 @@ _TABLE = {
     "RING_E_LOOP": (ChainError, "descriptor {at}: more descriptors than the table has, so the chain is a cycle "
                                 "(virtio 2.7.5.2)"),
     "RING_E_PIECES": (ChainError, "descriptor {at}: more than 1023 separate pieces of memory in one chain"),
-    "RING_E_ORDER": (ChainError, "descriptor {at}: device-readable after a device-writable one (virtio 2.7.4.2)"),
-    "RING_E_INDIRECT_OFF": (ChainError, "descriptor {at}: INDIRECT was not negotiated (virtio 2.7.5.3.1, "
-                                        "2.8.19)"),
+    "RING_E_ORDER": (ChainError, "descriptor {at}: device-readable after a device-writable one (virtio 2.7.4.2, "
+                                 "2.8.17)"),
+    "RING_E_INDIRECT_OFF": (ChainError, "descriptor {at}: INDIRECT was not negotiated (virtio 2.7.5.3.1, 2.8.19)"),
     "RING_E_INDIRECT_NEXT": (ChainError, "descriptor {at}: INDIRECT and NEXT together, or, on a packed ring, "
                                          "INDIRECT inside a chain (virtio 2.7.5.3.1, 2.8.19)"),
     "RING_E_INDIRECT_NESTED": (ChainError, "descriptor {at}: INDIRECT inside an indirect table (virtio 2.7.5.3.1)"),

@@ -124,7 +124,7 @@ def test_one_call_a_batch_wherever_the_event_lies(before, batch, distance):
         driver.ring.avail.used_event = event
         serve(device)
         reason = device.decide()
-        # 2.7.10 in words: the batch made an entry visible at the index the driver named
+        # 2.7.7 in words: the batch made an entry visible at the index the driver named
         due = any((before + i) & 0xFFFF == event for i in range(batch))
         assert reason == (CallReason.EVENT_REACHED if due else CallReason.EVENT_AHEAD)
         assert device.decide() == CallReason.NOTHING_NEW
