@@ -83,7 +83,7 @@ def test_zeroed_ring_holds_nothing():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 256, 32768])
-def test_VQ_PACKED_D_08_D_09_D_19_full_ring_of_every_size_through_three_laps(size):
+def test_R06_R07_VQ_PACKED_D_08_D_09_D_19_full_ring_of_every_size_through_three_laps(size):
     with joined(size, PACKED) as (driver, device):
         for lap in range(3):
             for id in range(size):
@@ -226,7 +226,7 @@ def test_base_with_only_its_low_half():
 
 
 @pytest.mark.parametrize("bad", [0x80088008, 0x8000FFFF, 0x80080000 | 0x8000, 0xFFFF8000])
-def test_base_outside_the_ring_is_refused(bad):
+def test_R58_base_outside_the_ring_is_refused(bad):
     with GuestMemory() as memory, DriverQueue(memory, 8, PACKED) as driver, DeviceSide(memory) as side:
         with pytest.raises(SetupError) as caught:
             side.queue(driver, base=bad)
