@@ -82,8 +82,8 @@ def test_zeroed_ring_holds_nothing():
         assert driver.memory.snapshot() == before
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 256, 32768])
-def test_R06_R07_VQ_PACKED_D_08_D_09_D_19_full_ring_of_every_size_through_three_laps(size):
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 256, 32768], ids="R06_R07_size_{}".format)
+def test_VQ_PACKED_D_08_D_09_D_19_full_ring_of_every_size_through_three_laps(size):
     with joined(size, PACKED) as (driver, device):
         for lap in range(3):
             for id in range(size):
