@@ -178,13 +178,13 @@ class DriverQueue:
         room = sum(buffer.len for buffer in chain.buffers if buffer.writable)
         if written is None:
             written = room
+        done = Completion(head, written, chain.buffers, self._gather(chain.buffers, min(written, room)))
+        self.ring.free.extend(chain.slots)  # whatever the device says of it, the chain is back
+        for gpa in chain.owned:
+            self.memory.free(gpa)
         if written > room:
             raise DeviceError(f"used element of head {head} says {written} bytes, "
                               f"the chain has room for {room}")
-        done = Completion(head, written, chain.buffers, self._gather(chain.buffers, written))
-        self.ring.free.extend(chain.slots)
-        for gpa in chain.owned:
-            self.memory.free(gpa)
         return done
 
     def _gather(self, buffers: Iterable[Buffer], length: int) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring.driver import DriverQueue, Extent, GuestMemory
+from ring.driver import DeviceError, DriverQueue, Extent, GuestMemory
 from ring.driver_parts import EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED
 from ring.driver_split import SplitLayout
 from ring.errors import SetupError
@@ -143,6 +143,23 @@ def test_batch_of_chains(ring):
             device.publish()
             assert [(done.head, done.written) for done in driver.collect_all()] == [(name, 0) for name in sent]
             assert driver.ring.room == 16
+
+
+@every_ring
+def test_chain_of_which_the_device_says_too_much_is_back_all_the_same(ring):
+    """The driver says so each time, and has all of its ring to go on with."""
+    with joined(size=2, features=ring) as (driver, device):
+        free = driver.memory.alloc(1 << 16)
+        driver.memory.free(free)
+        for _ in range(5):
+            driver.post([], [8])
+            driver.submit()
+            device.push(device.pop(), 9)
+            device.publish()
+            with pytest.raises(DeviceError, match="says 9 bytes, the chain has room for 8"):
+                driver.collect()
+        assert (driver.outstanding, driver.ring.room, sorted(driver.ring.free)) == (0, 2, [0, 1])
+        assert driver.memory.alloc(1 << 16) == free  # and so is its buffer
 
 
 # ----------------------------------------------------------------------------------------- sizes and wraps
