@@ -450,9 +450,10 @@ def test_F20_stopping_in_the_middle_loses_and_repeats_nothing(ring):
         assert arrived.frames == device.to_guest.frames == device.from_guest.frames
 
 
-def test_R59_memory_table_replaced_under_traffic():
+@every_ring
+def test_R59_memory_table_replaced_under_traffic(ring):
     """The old mapping is gone when the pump goes on: one pointer kept from before would crash here."""
-    with (pumped(loop=True) as (driver, device),
+    with (pumped(MERGEABLE | ring, loop=True) as (driver, device),
           LoadGenerator(driver.receiveq, Role.RECEIVE) as sink,
           LoadGenerator(driver.transmitq, Role.TRANSMIT, batch=3) as source):
         sink.start()

@@ -13,15 +13,20 @@ import time
 import pytest
 
 from ring.driver import Buffer, Extent, GuestMemory
+from ring.driver_packed import DESC_F_AVAIL, DESC_F_USED, PACKED_DESCRIPTOR
 from ring.driver_parts import DESC_F_INDIRECT
 from ring.pump import LaneEvent
 from vdev.net.features import Feature, mask
-from vdev.testing.netdriver import NetHeader
+from vdev.testing.netdriver import NetDriver, NetHeader
 from vdev.testing.rig import PumpedDevice, assert_serves, pumped
 
 BASE = mask(Feature.VERSION_1, Feature.INDIRECT_DESC, Feature.EVENT_IDX)
 MERGEABLE = BASE | mask(Feature.MRG_RXBUF)
 FRAME = bytes(range(60))
+
+every_ring = pytest.mark.parametrize(
+    "ring", [0, mask(Feature.RING_PACKED), mask(Feature.IN_ORDER), mask(Feature.RING_PACKED, Feature.IN_ORDER)],
+    ids=["split", "packed", "split_in_order", "packed_in_order"])
 
 
 def cpu() -> float:
@@ -31,34 +36,68 @@ def cpu() -> float:
 # ----------------------------------------------------------------------------------- floods and descriptors
 
 
-def test_R03_R56_idx_bumped_and_kicked_without_end():
-    """One guest makes more available and kicks at full speed; the worker still serves its neighbour and us."""
-    with pumped(to_port=-1, from_port=-1) as (flood, flooding), pumped(attach=False) as (driver, device):
-        ring = flood.transmitq.ring
-        ring.desc[0].set(flood.memory.alloc(100), 100)  # every entry names it
-        stop = threading.Event()
+class Flood:
+    """Makes more available on a transmitq whenever the device has used some, and kicks both queues at full speed."""
 
-        def bump():
-            while not stop.is_set():
-                ring.avail.idx = (ring.used.idx + 200) & 0xFFFF
-                flood.transmitq.kick()
-                flood.receiveq.kick()
+    def __init__(self, driver: NetDriver, device: PumpedDevice) -> None:
+        self._driver = driver
+        self._queue = device.config.from_guest.queue
+        self._ring = driver.transmitq.ring
+        self._gpa = driver.memory.alloc(100)
+        self._ring.desc[0].set(self._gpa, 100)  # of a split ring: every entry names it
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
 
+    def _more_split(self) -> None:
+        self._ring.avail.idx = (self._ring.used.idx + 200) & 0xFFFF
+
+    def _more_packed(self) -> None:
+        """From where the device stands to the end of the ring, in its round; before that, in the next."""
+        at = self._queue.base & 0xFFFF
+        slot, now, then = at & 0x7FFF, DESC_F_AVAIL, DESC_F_USED
+        if not at & 0x8000:
+            now, then = then, now
+        rest = self._ring.size - slot
+        self._write(slot, rest, now)
+        self._write(0, slot, then)
+
+    def _write(self, slot: int, count: int, flags: int) -> None:
+        self._driver.memory.write(self._ring.desc[slot].gpa, PACKED_DESCRIPTOR.pack(self._gpa, 100, 0, flags) * count)
+
+    def _run(self) -> None:
+        more = self._more_packed if self._driver.transmitq.packed else self._more_split
+        while not self._stop.is_set():
+            more()
+            self._driver.transmitq.kick()
+            self._driver.receiveq.kick()
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@every_ring
+def test_R03_R56_more_available_and_kicked_without_end(ring):
+    """One guest does that at full speed; the worker still serves its neighbour and us."""
+    with (pumped(MERGEABLE | ring, to_port=-1, from_port=-1) as (flood, flooding),
+          pumped(MERGEABLE | ring, attach=False) as (driver, device)):
         device.lane.configure(device.config)
         flooding.pump.attach(device.lane)
-        thread = threading.Thread(target=bump)
-        thread.start()
         try:
-            for _ in range(50):
-                assert_serves(driver, device)
-            for _ in range(20):
-                flooding.detach(5000)
-                flooding.attach()
-            assert flooding.from_guest.dropped["null"] > 0
+            with Flood(flood, flooding):
+                for _ in range(50):
+                    assert_serves(driver, device)
+                while flooding.from_guest.dropped.get("null", 0) < 10_000:
+                    assert_serves(driver, device)
+                for _ in range(20):
+                    flooding.detach(5000)
+                    flooding.attach()
+            assert flooding.from_guest.bursts > 10_000 // (4 * 64)  # each of them came to its end
             assert flooding.events(0) == LaneEvent(0)
         finally:
-            stop.set()
-            thread.join()
             flooding.pump.detach(device.lane, 5000)
 
 

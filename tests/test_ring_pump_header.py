@@ -3,8 +3,11 @@
 Each test carries the id of its case; what becomes of broken chains is in tests/test_ring_pump_hostile.py.
 """
 
+import threading
+
 import pytest
 
+from ring.driver import Buffer
 from vdev.net.features import HOST_GSO, Feature, mask
 from vdev.testing.netdriver import (
     GSO_ECN,
@@ -130,3 +133,39 @@ def test_held_frame_that_the_next_driver_cannot_take():
         assert device.to_guest.dropped == {"offload": 1}
 
 
+@pytest.mark.parametrize("ring", [0, mask(Feature.RING_PACKED)], ids=["split", "packed"])
+def test_R32_header_rewritten_while_it_is_checked(ring):
+    """What goes out is what was checked, at whatever instant the guest rewrites it."""
+    good = NetHeader(NEEDS_CSUM, GSO_TCPV4, 54, 1448, 34, 16)
+    bad = NetHeader(0xFF, 0x7F, 0xFFFF, 0, 0xFFFF, 0xFFFF, 0xFFFF)
+    with pumped(OFFLOADS | ring) as (driver, device):
+        gpa = driver.memory.alloc(12 + len(FRAME))
+        driver.memory.write(gpa + 12, FRAME)
+        stop = threading.Event()
+
+        def mutate():
+            while not stop.is_set():
+                driver.memory.write(gpa, bad.pack())
+                driver.memory.write(gpa, good.pack())
+
+        mutator = threading.Thread(target=mutate)
+        mutator.start()
+        outcomes = set()
+        try:
+            for _ in range(40):
+                for _ in range(50):
+                    driver.transmitq.add([Buffer(gpa, 12 + len(FRAME))])
+                driver.transmitq.submit()
+                assert driver.reclaim_all(10)
+                while (message := device.receive(0)) is not None:
+                    outcomes.add(message[0])
+        finally:
+            stop.set()
+            mutator.join()
+        for header in outcomes:  # a torn copy may go out, if what it says is right
+            assert header.flags in (0, NEEDS_CSUM) and header.num_buffers == 0
+            assert header.gso_type in (0, GSO_TCPV4) and header.hdr_len <= len(FRAME)
+            assert not header.flags or header.csum_start + header.csum_offset + 2 <= len(FRAME)
+        stats = device.from_guest
+        assert stats.frames + stats.dropped.get("bad_header", 0) == 2000
+        assert set(stats.dropped) <= {"bad_header"}

@@ -16,12 +16,11 @@ from ring.driver import GuestMemory
 from vdev.connection import RESUME_DELAY_QUIET
 from vdev.net.features import Feature, mask
 from vdev.testing.scripted import ScriptedGuest
-from vdev.testing.served import ServedDevice, WirePort
+from vdev.testing.served import FRAME, ServedDevice, WirePort, both_ways, receive
 from vhost_user.errors import Disconnected
 from vhost_user.frontend import FrontEnd, RequestRefused, RingSetup, SharedRegion
 from vhost_user.handshake import QEMU_7_2, QEMU_10_0
 
-FRAME = bytes.fromhex("52540012345602000000000188b5") + bytes(range(100))
 RING = mask(Feature.VERSION_1, Feature.MRG_RXBUF, Feature.EVENT_IDX, Feature.INDIRECT_DESC)
 
 
@@ -35,26 +34,6 @@ def served():
 def guest(served):
     with ScriptedGuest(served.connect(), features=RING) as scripted:
         yield scripted
-
-
-def receive(wire: socket.socket, seconds: float = 5.0) -> bytes:
-    """The next frame on the network's side."""
-    wire.settimeout(seconds)
-    try:
-        return wire.recv(1 << 17)[12:]
-    finally:
-        wire.setblocking(False)
-
-
-def both_ways(served: ServedDevice, guest: ScriptedGuest, pair: int = 0) -> None:
-    """A frame each way on ``pair``; fails when one does not arrive."""
-    driver = guest.drivers[pair]
-    driver.transmit(FRAME)
-    assert receive(served.port.wire[pair]) == FRAME
-    assert driver.reclaim_all(5)
-    served.port.wire[pair].send(bytes(12) + FRAME)
-    received = driver.receive_within(5)
-    assert received is not None and received.frame == FRAME
 
 
 def open_files() -> int:
@@ -483,9 +462,10 @@ def test_F24_memory_comes_and_goes_under_traffic(served, guest) -> None:
     assert (open_files(), mappings()) == (files, maps)
 
 
-def test_R59_the_whole_table_is_replaced_under_traffic(served) -> None:
+@pytest.mark.parametrize("ring", [0, mask(Feature.RING_PACKED)], ids=["split", "packed"])
+def test_R59_the_whole_table_is_replaced_under_traffic(served, ring) -> None:
     """SET_MEM_TABLE maps the same memory anew while frames are in flight; none is lost."""
-    with ScriptedGuest(served.connect(), features=RING) as guest:
+    with ScriptedGuest(served.connect(), features=RING | ring) as guest:
         shared = region(guest.memory)
         for _ in range(30):
             for _ in range(16):

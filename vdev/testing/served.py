@@ -21,8 +21,11 @@ from vdev.net.features import OFFLOADS
 from vdev.ports.base import Carries, Ends
 from vdev.ports.sockets import SocketPort
 from vdev.service import Service
+from vdev.testing.netdriver import NetHeader
+from vdev.testing.scripted import ScriptedGuest
 
 WAIT = 10.0  # seconds until a test gives up
+FRAME = bytes.fromhex("52540012345602000000000188b5") + bytes(range(100))
 
 
 class WirePort(SocketPort):
@@ -149,6 +152,26 @@ class ServedDevice:
 
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
         self.close()
+
+
+def receive(wire: socket.socket, seconds: float = 5.0) -> bytes:
+    """The next frame on the network's side, without its header. Raises TimeoutError."""
+    wire.settimeout(seconds)
+    try:
+        return wire.recv(1 << 17)[NetHeader.SIZE:]
+    finally:
+        wire.setblocking(False)
+
+
+def both_ways(served: ServedDevice, guest: ScriptedGuest, pair: int = 0) -> None:
+    """Send FRAME each way on ``pair``. Raises AssertionError or TimeoutError when one does not arrive."""
+    driver = guest.drivers[pair]
+    driver.transmit(FRAME)
+    assert receive(served.port.wire[pair]) == FRAME
+    assert driver.reclaim_all(5)
+    served.port.wire[pair].send(NetHeader().pack() + FRAME)
+    received = driver.receive_within(5)
+    assert received is not None and received.frame == FRAME
 
 
 class _Handed:
