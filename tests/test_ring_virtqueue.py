@@ -165,7 +165,7 @@ def test_chain_of_which_the_device_says_too_much_is_back_all_the_same(ring):
 # ----------------------------------------------------------------------------------------- sizes and wraps
 
 
-@pytest.mark.parametrize("size", [1, 2, 16, 1024, 32768])
+@pytest.mark.parametrize("size", [1, 2, 16, 1024, 32768], ids="split_size_{}".format)
 def test_R06_R07_full_ring_of_every_size_across_the_wrap(size):
     with joined(size, base=0xFFFF - size // 2) as (driver, device):
         for _ in range(2 if size < 32768 else 1):

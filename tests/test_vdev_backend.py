@@ -395,7 +395,7 @@ def test_kick_without_descriptor_is_polled(served, guest) -> None:
     assert receive(served.port.wire[0]) == FRAME
 
 
-def test_R02_broken_ring_is_reported_once_and_mended_by_a_restart(served, guest) -> None:
+def test_R02_broken_split_ring_is_reported_once_and_mended_by_a_restart(served, guest) -> None:
     both_ways(served, guest)
     error = os.eventfd(0, os.EFD_NONBLOCK)
     guest.front_end.set_vring_err(1, error, need_reply=True)
