@@ -97,9 +97,19 @@ def test_F41_many_sessions_leave_nothing_behind(served) -> None:
 
 def test_driver_line_names_the_features(served, guest) -> None:
     line = served.wait_for("driver")
-    for name in ("VERSION_1", "MRG_RXBUF", "EVENT_IDX", "INDIRECT_DESC", "queue size 64"):
+    for name in ("VERSION_1", "MRG_RXBUF", "EVENT_IDX", "INDIRECT_DESC"):
         assert name in line
     assert "PROTOCOL_FEATURES" not in line and "GUEST_TSO4" not in line
+
+
+@pytest.mark.parametrize("features, words", [
+    ((), "split rings, queue size 8,"), ((Feature.IN_ORDER,), "split rings, used in order, queue size 8,"),
+    ((Feature.RING_PACKED,), "packed rings, queue size 8,"),
+    ((Feature.RING_PACKED, Feature.IN_ORDER), "packed rings, used in order, queue size 8,"),
+])
+def test_driver_line_says_which_rings(served, features, words) -> None:
+    with ScriptedGuest(served.connect(), features=RING | mask(*features), size=8):
+        assert f"1 queue pair of 1 enabled, {words} " in served.wait_for("driver")
 
 
 def test_session_end_counts_what_passed(served) -> None:

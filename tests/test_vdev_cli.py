@@ -201,6 +201,11 @@ def test_qemu_args(capfd, tmp_path):
     assert echoed.stdout.splitlines() == words
 
 
+def test_qemu_args_packed(capfd, tmp_path):
+    _, out, _ = call(capfd, "qemu-args", "/run/x.sock", "--qemu", fake_qemu(tmp_path), "--packed", "--json")
+    assert json.loads(out)[-1].endswith(",packed=on")
+
+
 def test_qemu_args_without_qemu(capfd, tmp_path):
     status, out, err = call(capfd, "qemu-args", "/run/x.sock", "--qemu", f"{tmp_path}/none")
     assert (status, out) == (1, "")

@@ -36,6 +36,7 @@ def test_unknown_name_lists_the_known():
     (["+"], "unknown feature ''"),
     (["+ctrl_vq"], "ctrl_vq is not implemented by this version"),
     (["+rss"], "rss is not implemented by this version"),
+    (["+order_platform"], "order_platform is not implemented by this version"),
     (["-version_1"], "version_1 is always offered"),
     (["-protocol_features"], "protocol_features is always offered"),
     (["+csum", "-csum"], "csum is both added and removed"),
@@ -45,5 +46,10 @@ def test_wrong_items(items, problem):
         parse_features(items)
 
 
+@pytest.mark.parametrize("name", ["packed", "ring_packed"])
+def test_packed_rings_by_either_name(name):
+    assert parse_features([f"-{name}"]).remove == parse_features([f"+{name}"]).add == mask(Feature.RING_PACKED)
+
+
 def test_taking_out_what_is_never_there_is_fine():
-    assert parse_features(["-packed"]).remove == mask(Feature.RING_PACKED)
+    assert parse_features(["-rss"]).remove == mask(Feature.RSS)

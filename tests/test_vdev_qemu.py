@@ -54,6 +54,12 @@ def test_queue_pairs(fake):
     assert {"mq=on", "vectors=10"} <= set(device(args))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_packed_rings_are_offered_when_asked_for(fake, packed):
+    args = qemu_args("/run/a.sock", queue_pairs=2, qemu=fake("10.0.2"), packed=packed)
+    assert [field for field in device(args) if field.startswith("packed=")] == ["packed=on"] * packed
+
+
 @pytest.mark.parametrize("version, kvm, vectors", [
     ("7.2.22", False, "vectors=0"), ("7.2.22", True, "vectors=6"), ("9.2.1", False, "vectors=0"),
     ("10.0.2", False, "vectors=6"), ("10.0.2", True, "vectors=6"), ("11.1.0", False, "vectors=6"),

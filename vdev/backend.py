@@ -222,10 +222,14 @@ class Backend:
         self._introduced = True
         listed = names(state.features & ~mask(Feature.PROTOCOL_FEATURES))
         pairs = sum(ring.enabled for ring in state.rings[::2])
+        rings = "packed" if state.features & mask(Feature.RING_PACKED) else "split"
+        order = ", used in order" if state.features & mask(Feature.IN_ORDER) else ""
+        size = max(r.num for r in state.rings)
         self.log.info("driver", f"the guest's driver is ready: {pairs} queue pair{'s' * (pairs != 1)} of "
-                      f"{len(state.rings) // 2} enabled, queue size {max(r.num for r in state.rings)}, "
+                      f"{len(state.rings) // 2} enabled, {rings} rings{order}, queue size {size}, "
                       f"{self.memory.size >> 20} MiB shared, features {' '.join(listed)}",
-                      features=listed, queue_pairs=pairs, shared_bytes=self.memory.size)
+                      features=listed, queue_pairs=pairs, rings=rings, queue_size=size,
+                      shared_bytes=self.memory.size)
 
     # ------------------------------------------------------------------------------ news
 

@@ -66,14 +66,15 @@ def qemu_version(binary: str) -> tuple[int, int]:
 
 
 def qemu_args(socket_path: str, memory: str = "512M", queue_pairs: int = 1, qemu: str | None = None,
-              mac: str | None = None, server: bool = False, kvm: bool = False) -> list[str]:
+              mac: str | None = None, server: bool = False, kvm: bool = False, packed: bool = False) -> list[str]:
     """The options for one guest with one network device behind the vhost-user socket ``socket_path``.
 
     memory: of the guest, as -m takes it (a plain number is MiB). queue_pairs: 1 to 256. qemu: the binary the
     options are for (:func:`find_qemu`). mac: the guest's, else one that only this socket path gives, as
     QEMU's own default is the same for all guests. server: QEMU listens and the daemon connects (--client).
     kvm: the guest will certainly run with -accel kvm; where its QEMU is not sound without, options that
-    are only needed under TCG are left out. Raises QemuError.
+    are only needed under TCG are left out. packed: QEMU offers its guest packed rings, which it keeps back by
+    itself. Raises QemuError.
     """
     version = qemu_version(find_qemu(qemu))
     path = os.path.abspath(socket_path)
@@ -93,6 +94,8 @@ def qemu_args(socket_path: str, memory: str = "512M", queue_pairs: int = 1, qemu
     # QEMU answers a guest's offload commands itself and does not pass them on; without the command a guest
     # cannot believe that it switched an offload off.
     device = f"virtio-net-pci,netdev={_NETDEV},mac={_mac(mac, path)},ctrl_guest_offloads=off"
+    if packed:
+        device += ",packed=on"
     if queue_pairs > 1:
         netdev += f",queues={queue_pairs}"
         device += ",mq=on"

@@ -4,6 +4,11 @@ The virtio offer is what the device always has, plus the offloads the port can c
 operator took out, minus what then lacks something it depends on (virtio 1.2, 5.1.3.1 "Feature bit
 requirements"). The control queue and the configuration space belong to the front-end (QEMU keeps both),
 which is why MQ and GUEST_ANNOUNCE are offered here without CTRL_VQ: the front-end adds it.
+
+ORDER_PLATFORM is left out on purpose. It is for a device behind a bus, whose driver needs the platform's
+barriers; without it driver and device "can be assumed to run on identical CPUs in an SMP configuration", and the
+barriers between processors suffice (virtio 1.2, 6 "Reserved Feature Bits"). vdev is such software: the bit would
+make guests slower and nothing safer.
 """
 
 from vdev.net.features import OFFLOADS, mask
