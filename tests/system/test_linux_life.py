@@ -7,8 +7,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
+from vdev.net.features import Feature
 from vdev.testing.guest import LinuxGuest
-from vdev.testing.measure import ping_from_guest, ping_from_host
+from vdev.testing.measure import ping_from_guest, ping_from_host, tcp
 from vdev.testing.netns import Namespace
 from vdev.testing.process import Child
 
@@ -27,20 +30,30 @@ def _back(guest: LinuxGuest, lan: Namespace) -> None:
     assert ping_from_host(lan, GUEST, 20).lost == 0
 
 
-def test_network_is_back_after_two_reboots(lan, start_daemon, start_guest, socket_folder: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_network_is_back_after_two_reboots(lan, start_daemon, start_guest, socket_folder: Path, packed) -> None:
     socket_path = socket_folder / "reboot"
     daemon = start_daemon(_on_tap(socket_path, "vdev-reboot"), namespace=lan)
-    guest = start_guest(socket_path)
+    guest = start_guest(socket_path, queue_pairs=2, cpus=2, packed=packed)
     _back(guest, lan)
+    # The rings go round many times before the first reboot.
+    assert ping_from_host(lan, GUEST, 500, interval=0.002, size=1400).lost == 0
+    for to_guest in (False, True):
+        assert tcp(guest, lan, GUEST, to_guest=to_guest, seconds=1).bytes > 0
     guest.reboot()
     _back(guest, lan)
     guest.qemu.reset()
     guest.wait_until_up()
     _back(guest, lan)
+    accepted = guest.check("cat /sys/bus/virtio/devices/virtio0/features")  # one character a bit, lowest first
+    assert accepted[Feature.RING_PACKED] == str(int(packed))
     guest.stop()
     daemon.stop()
     # One front-end, three drivers, one session.
     assert (len(daemon.events("connect")), len(daemon.events("session-end"))) == (1, 1)
+    assert [driver["rings"] for driver in daemon.events("driver")] == 3 * ["packed" if packed else "split"]
+    (end,) = daemon.events("session-end")
+    assert end["from_guest"]["frames"] > 500 < end["to_guest"]["frames"]
 
 
 def test_another_front_end_follows_a_killed_one(lan, start_daemon, start_guest, socket_folder: Path) -> None:
