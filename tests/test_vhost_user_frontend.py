@@ -5,6 +5,7 @@ import select
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ from vhost_user.transport import Transport
 from vhost_user.wire import Region
 
 TRANSCRIPTS = Path(__file__).parent / "transcripts"
-VERSION_1, BIT_30 = 1 << 32, 1 << 30
+VERSION_1, RING_PACKED, BIT_30 = 1 << 32, 1 << 34, 1 << 30
 PROTOCOL = mask(ProtocolFeature.MQ, ProtocolFeature.RARP, ProtocolFeature.REPLY_ACK, ProtocolFeature.MTU,
                 ProtocolFeature.BACKEND_REQ, ProtocolFeature.RESET_DEVICE,
                 ProtocolFeature.CONFIGURE_MEM_SLOTS, ProtocolFeature.STATUS)
-OFFER = Offer(VERSION_1 | BIT_30 | 1 << 15, PROTOCOL, rings=4, queue_num=2)
+OFFER = Offer(VERSION_1 | RING_PACKED | BIT_30 | 1 << 15, PROTOCOL, rings=4, queue_num=2)
 
 
 class StubBackEnd(threading.Thread):
@@ -79,6 +80,8 @@ def line(request: Accepted, need_reply: bool) -> str:
         words.append(f"ring={payload.index}")
     if request.kind is Request.SET_VRING_ENABLE:
         words.append(f"num={payload.num}")
+    if request.kind is Request.SET_VRING_BASE and payload.num:
+        words.append(f"base={payload.num:#x}")
     if request.kind is Request.SET_STATUS:
         words.append(f"status={payload.value:#x}")
     if request.fds:
@@ -136,6 +139,18 @@ def rings() -> Iterator[list[RingSetup]]:
     ("qemu-7.2.txt", QEMU_7_2, PROTOCOL, 4), ("qemu-10.0.txt", QEMU_10_0, PROTOCOL, 2),
     ("qemu-10.0-plain.txt", QEMU_10_0, mask(ProtocolFeature.MQ), 4)])
 def test_qemu_says_what_was_recorded(connect, memory, rings, name, version, protocol, resets):
+    assert _life_of_a_qemu(connect, memory, rings, version, protocol, resets, VERSION_1) == transcript(name)
+
+
+def test_qemu_says_what_was_recorded_with_packed_rings(connect, memory, rings):
+    """Its bases have both positions; a split ring's is one index."""
+    rings = [replace(ring, base=0x80008000) for ring in rings]
+    said = _life_of_a_qemu(connect, memory[:1], rings, QEMU_10_0, PROTOCOL, 2, VERSION_1 | RING_PACKED)
+    assert said == transcript("qemu-10.0-packed.txt")
+
+
+def _life_of_a_qemu(connect, memory, rings, version, protocol: int, resets: int, features: int) -> list[str]:
+    """Boot and quit -> what the back-end heard."""
     offer = Offer(OFFER.features, protocol, rings=4, queue_num=2)
     frontend, backend = connect(offer)
     qemu = Qemu(frontend, rings, version)
@@ -144,13 +159,13 @@ def test_qemu_says_what_was_recorded(connect, memory, rings, name, version, prot
         qemu.reset()
     for _ in range(4 - resets):
         qemu.enable_pairs(1)
-    qemu.start(memory, VERSION_1, mtu=1500)
+    qemu.start(memory, features, mtu=1500)
     qemu.enable_pairs(1)
     assert backend_state(frontend, backend) == [True] * 4
     assert qemu.stop() == [11] * 4
     frontend.close()
     backend.join()
-    assert backend.heard == transcript(name)
+    return backend.heard
 
 
 def backend_state(frontend: FrontEnd, backend: StubBackEnd) -> list[bool]:
@@ -160,16 +175,18 @@ def backend_state(frontend: FrontEnd, backend: StubBackEnd) -> list[bool]:
     return [ring.started for ring in backend.session.rings]
 
 
-def test_virtio_user_says_what_was_recorded(connect, memory, rings):
+@pytest.mark.parametrize(("name", "base", "features"), [
+    ("virtio-user-22.11.txt", 0, VERSION_1), ("virtio-user-22.11-packed.txt", 0x8000, VERSION_1 | RING_PACKED)])
+def test_virtio_user_says_what_was_recorded(connect, memory, rings, name, base, features):
     frontend, backend = connect()
-    virtio_user = VirtioUser(frontend, rings)
+    virtio_user = VirtioUser(frontend, [replace(ring, base=base) for ring in rings])
     assert virtio_user.connect() == OFFER.features
-    virtio_user.start(memory[:1], VERSION_1 | BIT_30)
+    virtio_user.start(memory[:1], features | BIT_30)
     assert backend_state(frontend, backend) == [True] * 4
     assert virtio_user.stop() == [11] * 4
     frontend.close()
     backend.join()
-    assert backend.heard == transcript("virtio-user-22.11.txt")
+    assert backend.heard == transcript(name)
 
 
 def test_a_guest_of_qemu_starts_again_without_its_memory_being_sent_again(connect, memory, rings):
