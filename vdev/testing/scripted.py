@@ -6,7 +6,7 @@ It goes through the messages of a real QEMU in their order and then moves frames
 import socket
 from types import TracebackType
 
-from ring.driver import GuestMemory
+from ring.driver import DriverQueue, GuestMemory
 from vdev.net.features import Feature, mask, names
 from vdev.testing.netdriver import NetDriver
 from vhost_user.frontend import FrontEnd, RingSetup, SharedRegion
@@ -16,32 +16,45 @@ from vhost_user.handshake import QEMU_10_0, Qemu, QemuVersion
 _RING_FEATURES = mask(Feature.RING_PACKED, Feature.IN_ORDER)
 
 
+def ring_setup(queue: DriverQueue) -> RingSetup:
+    """What a front-end tells the back-end of a driver's ``queue``."""
+    desc, avail, used = (queue.memory.uva(area.gpa) for area in queue.ring.areas)
+    return RingSetup(num=queue.ring.size, desc=desc, avail=avail, used=used, base=queue.base,
+                     kick=queue.kick_fd, call=queue.call_fd)
+
+
+def shared_regions(memory: GuestMemory) -> list[SharedRegion]:
+    """The same of a guest's memory."""
+    return [SharedRegion(region.fd, region.gpa, region.uva, region.size, region.offset) for region in memory.regions]
+
+
 class ScriptedGuest:
     """Connected, negotiated, its rings running and receive buffers posted when the constructor returns.
 
     sock: a connected socket, from now on the guest's. features: what the driver accepts of what is offered;
     RING_PACKED and IN_ORDER it insists on (ValueError).
     queue_pairs: how many, all enabled; ``drivers`` has one NetDriver for each. size: descriptors of a queue.
+    base: where all rings start, as SET_VRING_BASE carries it; None: fresh. buffers: receive buffers to post;
+    None: as many as there are descriptors.
     """
 
     def __init__(self, sock: socket.socket, *, features: int = mask(Feature.VERSION_1, Feature.MRG_RXBUF),
-                 queue_pairs: int = 1, size: int = 64, version: QemuVersion = QEMU_10_0) -> None:
+                 queue_pairs: int = 1, size: int = 64, base: int | None = None, buffers: int | None = None,
+                 version: QemuVersion = QEMU_10_0) -> None:
         self.memory = GuestMemory()
-        self.drivers = [NetDriver(self.memory, size=size, features=features) for _ in range(queue_pairs)]
+        self.drivers = [NetDriver(self.memory, size=size, features=features, base=base) for _ in range(queue_pairs)]
         self.front_end = FrontEnd(sock)
         queues = [queue for driver in self.drivers for queue in (driver.receiveq, driver.transmitq)]
-        self.qemu = Qemu(self.front_end, [self._ring(queue) for queue in queues], version)
+        self.qemu = Qemu(self.front_end, [ring_setup(queue) for queue in queues], version)
         self.qemu.connect()
         missing = features & _RING_FEATURES & ~self.qemu.offered
         if missing:
             self.close()
             raise ValueError(f"the back-end does not offer {', '.join(names(missing))}")
         self.qemu.reset(queue_pairs)
-        regions = [SharedRegion(region.fd, region.gpa, region.uva, region.size, region.offset)
-                   for region in self.memory.regions]
-        self.qemu.start(regions, features & self.qemu.offered, enabled_pairs=queue_pairs)
+        self.qemu.start(shared_regions(self.memory), features & self.qemu.offered, enabled_pairs=queue_pairs)
         for driver in self.drivers:
-            driver.fill()
+            driver.fill(buffers)
 
     @classmethod
     def connect(cls, path: str, **options) -> "ScriptedGuest":
@@ -49,11 +62,6 @@ class ScriptedGuest:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(path)
         return cls(sock, **options)
-
-    def _ring(self, queue) -> RingSetup:
-        desc, avail, used = (self.memory.uva(area.gpa) for area in queue.ring.areas)
-        return RingSetup(num=queue.ring.size, desc=desc, avail=avail, used=used, base=queue.base,
-                         kick=queue.kick_fd, call=queue.call_fd)
 
     @property
     def driver(self) -> NetDriver:
