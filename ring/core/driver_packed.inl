@@ -52,7 +52,7 @@ static uint16_t off_wrap(const struct driver *d, uint16_t position)
 /* Both fields of an event suppression structure belong together: one access. */
 static void store_event(struct packed_event *e, uint16_t off_wrap, uint16_t flags)
 {
-    store32((uint32_t *)(void *)e, off_wrap | (uint32_t)flags << 16);
+    store32(&e->both, off_wrap | (uint32_t)flags << 16);
 }
 
 static void packed_put(struct driver *d, struct part part, uint16_t id)
@@ -106,7 +106,7 @@ static bool packed_kick_is_due(struct driver *d)
     d->kick_decided = d->published;
     /* Full: the flags visible before the device's wish is read (2.8.21.3.1). The device does the mirror image. */
     full_barrier();
-    uint32_t wish = __atomic_load_n((uint32_t *)(void *)d->device_event, __ATOMIC_RELAXED);
+    uint32_t wish = load32(&d->device_event->both);
     uint16_t flags = (uint16_t)(wish >> 16), slot = wish & 0x7fff;
     if (flags == PACKED_EVENT_DISABLE)
         return false;
@@ -176,7 +176,7 @@ static int64_t packed_read_used(struct driver *d)
     struct packed_desc *used = at(d, d->next_used);
     int64_t slot = find_slot(d, load16(&used->id));
 
-    d->batch_written = __atomic_load_n(&used->len, __ATOMIC_RELAXED);
+    d->batch_written = load32(&used->len);
     if (slot >= 0 && (d->batch_written > 0) != !!(load16(&used->flags) & DESC_F_WRITE)) {
         error(d, DRIVER_E_LENGTH);
         return -1;

@@ -101,9 +101,9 @@ static int64_t split_read_used(struct driver *d)
 {
     /* Relaxed: ordered after the acquire load of idx. */
     struct vring_used_elem *e = &d->used->ring[d->next_used & (d->config.size - 1)];
-    int64_t slot = find_slot(d, __atomic_load_n(&e->id, __ATOMIC_RELAXED));
+    int64_t slot = find_slot(d, load32(&e->id));
 
-    d->batch_written = __atomic_load_n(&e->len, __ATOMIC_RELAXED);
+    d->batch_written = load32(&e->len);
     if (slot >= 0 && (int)batch_of(d, (uint32_t)slot, d->first_slot) > split_pending(d)) {
         error(d, DRIVER_E_AHEAD); /* the batch goes on beyond used.idx */
         return -1;

@@ -29,13 +29,16 @@ _Static_assert(offsetof(struct piece, len) == offsetof(struct iovec, iov_len), "
 
 static inline uint16_t load16(const uint16_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 static inline uint16_t load16_acquire(const uint16_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline uint32_t load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline uint64_t load64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 static inline void store16(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 static inline void store16_release(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 static inline void store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 
 /* The one full barrier: orders our earlier stores before our later loads, which neither release nor
- * acquire does. ThreadSanitizer does not know fences, there a read-modify-write stands in. */
+ * acquire does. ThreadSanitizer does not know fences, there a read-modify-write stands in; its cell is each
+ * file's own, so that it orders nothing between the driver's half and the device's. */
 static inline void full_barrier(void)
 {
 #if defined(__SANITIZE_THREAD__)
@@ -190,9 +193,15 @@ _Static_assert(sizeof(struct packed_desc) == sizeof(struct vring_desc), "one pri
 
 /* 2.8.14 "Event Suppression Structure Format" */
 struct packed_event {
-    uint16_t off_wrap; /* slot, and its wrap counter in bit 15 */
-    uint16_t flags;    /* PACKED_EVENT_* */
+    union {
+        struct {
+            uint16_t off_wrap; /* slot, and its wrap counter in bit 15 */
+            uint16_t flags;    /* PACKED_EVENT_* */
+        };
+        uint32_t both; /* in one access: flags in the upper half */
+    };
 };
+_Static_assert(sizeof(struct packed_event) == 4, "as the specification lays it out");
 
 /* Where the walker stands in a chain. */
 struct walk {

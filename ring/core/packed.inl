@@ -69,8 +69,8 @@ static inline struct packed_desc packed_read_descriptor(const struct packed_desc
     struct packed_desc d;
     uint64_t half[2];
 
-    half[0] = __atomic_load_n((const uint64_t *)(const void *)from, __ATOMIC_RELAXED);
-    half[1] = __atomic_load_n((const uint64_t *)(const void *)from + 1, __ATOMIC_RELAXED);
+    half[0] = load64((const void *)&from->addr);
+    half[1] = load64((const void *)&from->len);
     memcpy(&d, half, sizeof(d));
     return d;
 }
@@ -165,6 +165,8 @@ static inline void packed_push(struct vq *q, uint32_t head, uint32_t slots, uint
     if (q->used_wrap)
         flags |= PACKED_F_AVAIL | PACKED_F_USED;
     if (likely(q->holding)) {
+        /* In one store: a vectorised driver loads several descriptors at once, and may see these flags before the
+         * first one's; id and length must be there with them. */
         store64((uint64_t *)(void *)&d->len, written | (uint64_t)(uint16_t)head << 32 | (uint64_t)flags << 48);
     } else { /* the first of the batch: until packed_publish */
         store32(&d->len, written);
@@ -205,7 +207,9 @@ static inline int packed_decide(struct vq *q)
     q->undecided = 0;
     /* Full: the used flags before the look at the driver's wish, as in split_decide. */
     full_barrier();
-    uint16_t wish = load16_acquire(&q->driver_event->flags) & PACKED_EVENT_MASK;
+    /* In one load: of a driver that stores the offset before the flags nothing is seen half done. */
+    uint32_t event = load32(&q->driver_event->both);
+    uint16_t wish = event >> 16 & PACKED_EVENT_MASK;
     bool first = q->first_decision;
     q->first_decision = false;
     if (wish == PACKED_EVENT_DISABLE)
@@ -216,21 +220,18 @@ static inline int packed_decide(struct vq *q)
         return CALL_FIRST;
     /* 2.8.10: due when the descriptor at this offset and wrap was written or passed over, as it was in more
      * than a lap */
-    uint16_t off_wrap = load16(&q->driver_event->off_wrap);
-    uint16_t off = off_wrap & 0x7fff;
-    if (!!(off_wrap & 0x8000) != q->published_wrap)
+    uint16_t off = event & 0x7fff;
+    if (!!(event & 0x8000) != q->published_wrap)
         off = (uint16_t)(off - q->size);
     return moved > q->size || (uint16_t)(now - off - 1) < moved ? CALL_EVENT_REACHED : CALL_EVENT_AHEAD;
 }
 
 static inline int packed_arm(struct vq *q)
 {
-    if (q->event_idx) {
-        store16(&q->device_event->off_wrap, (uint16_t)(q->known | (q->known_wrap ? 0x8000 : 0)));
-        store16_release(&q->device_event->flags, PACKED_EVENT_DESC); /* the offset before the flags */
-    } else {
+    if (q->event_idx) /* in one store: the driver never sees one half of the wish */
+        store32(&q->device_event->both, q->known | (q->known_wrap ? 0x8000u : 0) | (uint32_t)PACKED_EVENT_DESC << 16);
+    else
         store16(&q->device_event->flags, PACKED_EVENT_ENABLE);
-    }
     q->kicks_wanted = true;
     /* Full: the wish before the look; see split_arm. */
     full_barrier();

@@ -55,8 +55,8 @@ static inline struct vring_desc split_read_descriptor(const struct vring_desc *f
     struct vring_desc d;
     uint64_t half[2];
 
-    half[0] = __atomic_load_n((const uint64_t *)(const void *)from, __ATOMIC_RELAXED);
-    half[1] = __atomic_load_n((const uint64_t *)(const void *)from + 1, __ATOMIC_RELAXED);
+    half[0] = load64((const void *)&from->addr);
+    half[1] = load64((const void *)&from->len);
     memcpy(&d, half, sizeof(d));
     return d;
 }
