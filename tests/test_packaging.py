@@ -21,8 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LEFTOVERS = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "*.so", "*.o",
                                    "_core.c", "_driver.c", ".*_cache", ".hypothesis")
 # These ask about the source tree, or are a stage of their own; an installed vdev is tested by all the others.
-ABOUT_THE_TREE = ("test_packaging.py", "test_house.py", "test_docs.py", "test_c.py", "test_tools_*.py", "system",
-                  "interop")
+ABOUT_THE_TREE = ("test_packaging.py", "test_house.py", "test_docs.py", "test_c.py", "test_c_faults.py",
+                  "test_tools_*.py", "system", "interop")
 
 pytestmark = pytest.mark.timeout(600)
 

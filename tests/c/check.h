@@ -1,8 +1,10 @@
 /* The smallest harness a C test can do with: TEST(name) { CHECK(...); } in a program that includes this once.
  *
- *     program NAME    runs that test; exit 0, or 1 with the line of the CHECK that failed
+ *     program NAME [NUMBER]   runs that test; exit 0, or 1 with the line of the CHECK that failed
+ *     program                 the names of its tests; exit 2
  *
- * tests/test_c.py finds the tests by their TEST lines and runs each in a process of its own.
+ * vdev/testing/cprograms.py finds the tests by their TEST lines; each is run in a process of its own. NUMBER is
+ * for a test that takes one: how long to go on.
  */
 #pragma once
 
@@ -16,6 +18,7 @@ struct test {
     struct test *next;
 };
 static struct test *tests;
+static unsigned long long number; /* 0: none was given */
 
 #define TEST(name)                                                            \
     static void test_##name(void);                                            \
@@ -47,11 +50,14 @@ static struct test *tests;
 
 int main(int argc, char **argv)
 {
+    if (argc > 2)
+        number = strtoull(argv[2], NULL, 0);
     for (const struct test *t = tests; t; t = t->next)
-        if (argc == 2 && strcmp(argv[1], t->name) == 0) {
+        if (argc > 1 && strcmp(argv[1], t->name) == 0) {
             t->run();
             return 0;
         }
-    fprintf(stderr, "usage: %s TEST\n", argv[0]);
+    for (const struct test *t = tests; t; t = t->next)
+        puts(t->name);
     return 2;
 }

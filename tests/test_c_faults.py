@@ -1,0 +1,79 @@
+"""What the programs in tests/c are there to find, they find: each is built from sources into which a mistake was
+put, and must fail, and for the right reason. Otherwise its silence would say nothing."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ring import sources
+from vdev.testing.cprograms import FAST, GCC, THREADS, Builder, Fault, found_fault
+
+HERE = Path(__file__).resolve().parent / "c"
+RING = HERE.parent.parent / "ring"
+if not sources.compiled(RING):
+    pytest.skip("no C sources here: the package is installed, not checked out", allow_module_level=True)
+
+# Each is built anew, and some mistakes show after many rounds only.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+
+INLINE = {"split": "core/split.inl", "packed": "core/packed.inl"}
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    return Builder(HERE, RING, tmp_path_factory.mktemp("c"))
+
+
+def unordered(format: str, function: str, healthy: str, faulty: str) -> object:
+    return pytest.param(format, Fault(INLINE[format], function, healthy, faulty), id=function)
+
+
+@pytest.mark.parametrize("format, fault", [
+    unordered("split", "split_see", "load16_acquire", "load16"),
+    unordered("split", "split_publish", "store16_release", "store16"),
+    unordered("packed", "packed_is_available", "load16_acquire", "load16"),
+    unordered("packed", "packed_publish", "store16_release", "store16"),
+])
+def test_access_without_its_order_is_a_data_race(builder: Builder, format: str, fault: Fault) -> None:
+    """On x86-64 these mistakes do no harm; ThreadSanitizer knows what may be relied on, not the machine. Busy polling,
+    for an eventfd between the threads would order them too."""
+    done = builder.run(THREADS, "pump", f"busy_poll_{format}", fault=fault)
+    assert found_fault(done) and "ThreadSanitizer: data race" in done.stderr
+
+
+@pytest.mark.parametrize("by", ["by_flags", "by_events"])
+@pytest.mark.parametrize("format", ["split", "packed"])
+@pytest.mark.parametrize("verb", ["arm", "decide"])
+def test_missing_full_barrier_loses_a_notification(builder: Builder, format: str, by: str, verb: str) -> None:
+    """The compiler keeps the order, the processor does not; and one side without its barrier is enough."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("only one processor: two threads never run at once")
+    fault = Fault(INLINE[format], f"{format}_{verb}", "full_barrier();", '__asm__ volatile("" ::: "memory");')
+    done = builder.run(FAST, "litmus", f"{by}_{format}", 50_000_000, fault=fault, seconds=280)
+    both_missed = {"arm": "driver_kicks || device_saw", "decide": "device_calls || driver_saw"}[verb]
+    assert done.returncode == 1 and both_missed in done.stderr
+
+
+MISSING = {
+    "region": Fault("core/internal.h", "guestmem_translate", "return RING_E_UNMAPPED", "r = mem->regions"),
+    "table_limit": Fault("core/walk.inl", "walk_enter", " || entries > q->table_limit", ""),
+    "head_range": Fault("core/split.inl", "split_take", "head >= q->size", "0"),
+    "next_range": Fault("core/split.inl", "split_walk", "d.next >= w->entries", "0"),
+}
+
+
+@pytest.mark.parametrize("missing, program, name", [
+    ("region", "mutate", "R28_R29_R31_R35_step_calls_split"),
+    ("region", "mutate", "R28_R29_R31_R35_step_calls_packed"),
+    ("region", "mutate", "R03_R26_R50_R51_pump_mergeable_indirect_split"),
+    ("region", "mutate", "R03_R26_R50_R51_pump_mergeable_indirect_packed"),
+    ("region", "rings", "any_ring_contents_packed"),
+    ("table_limit", "rings", "R26_longest_indirect_table_fits_its_private_copy_split"),
+    ("table_limit", "rings", "R26_longest_indirect_table_fits_its_private_copy_packed"),
+    ("head_range", "rings", "any_ring_contents_split"),
+    ("next_range", "rings", "any_ring_contents_split"),
+])
+def test_missing_check_is_found(builder: Builder, missing: str, program: str, name: str) -> None:
+    done = builder.run(GCC, program, name, fault=MISSING[missing])
+    assert found_fault(done), f"ended with {done.returncode}\n{done.stdout}{done.stderr}"
