@@ -189,7 +189,8 @@ void vq_fail(struct vq *q, int status);
  * vq_pop      see if needed + take + walk to the end. -> RING_OK, RING_EMPTY, or the rule broken;
  *             after a chain rule (-1 .. -31) c->head and c->slots are valid and must be pushed with length 0
  * vq_unpop    give back the most recently popped chains, unused: `slots` is the sum of theirs
- * vq_push     write one used entry for a chain of so many slots; not visible to the driver yet
+ * vq_push     write one used entry for a chain of so many slots; not visible to the driver yet. That the chain was
+ *             popped is the caller's word: only its own position counts, which no entry can lead out of the ring
  * vq_push_batch  VIRTIO_F_IN_ORDER only: one used entry for several chains, in the order they were taken;
  *             `head` is the last one's, each counts as completely used
  * vq_publish  everything pushed becomes visible: used.idx is stored (split), or the flags of the first entry
