@@ -35,10 +35,10 @@ def unordered(format: str, function: str, healthy: str, faulty: str) -> object:
     unordered("packed", "packed_is_available", "load16_acquire", "load16"),
     unordered("packed", "packed_publish", "store16_release", "store16"),
 ])
-def test_access_without_its_order_is_a_data_race(builder: Builder, format: str, fault: Fault) -> None:
+def test_R39_access_without_its_order_is_a_data_race(builder: Builder, format: str, fault: Fault) -> None:
     """On x86-64 these mistakes do no harm; ThreadSanitizer knows what may be relied on, not the machine. Busy polling,
     for an eventfd between the threads would order them too."""
-    done = builder.run(THREADS, "pump", f"busy_poll_{format}", fault=fault)
+    done = builder.run(THREADS, "pump", f"R39_busy_poll_{format}", fault=fault)
     assert found_fault(done) and "ThreadSanitizer: data race" in done.stderr
 
 

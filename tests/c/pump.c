@@ -60,8 +60,8 @@ static void by_flags(uint64_t ring) { loop(ring, SOURCE(.batch = 64), SINK(.batc
 static void by_events(uint64_t ring) { loop(ring | EVENT_IDX, SOURCE(.batch = 64), SINK(.batch = 64)); }
 static void one_by_one(uint64_t ring) { loop(ring | EVENT_IDX, SOURCE(.batch = 1), SINK(.batch = 1)); }
 static void one_by_one_by_flags(uint64_t ring) { loop(ring, SOURCE(.batch = 1), SINK(.batch = 1)); }
-static void busy_poll(uint64_t ring) { loop(ring | EVENT_IDX, SOURCE(.busy_poll = 1), SINK(.busy_poll = 1)); }
-static void busy_poll_by_flags(uint64_t ring) { loop(ring, SOURCE(.busy_poll = 1), SINK(.busy_poll = 1)); }
+static void R39_busy_poll(uint64_t ring) { loop(ring | EVENT_IDX, SOURCE(.busy_poll = 1), SINK(.busy_poll = 1)); }
+static void R39_busy_poll_by_flags(uint64_t ring) { loop(ring, SOURCE(.busy_poll = 1), SINK(.busy_poll = 1)); }
 static void pieces(uint64_t ring) { loop(ring | EVENT_IDX, SOURCE(.pieces = 5), SINK(.pieces = 3)); }
 static void tiny_rings(uint64_t ring) { loop(ring | EVENT_IDX, SOURCE(.size = 2), SINK(.size = 1)); }
 static void indirect(uint64_t ring)
@@ -85,8 +85,8 @@ EACH_RING(by_flags)
 EACH_RING(by_events)
 EACH_RING(one_by_one)
 EACH_RING(one_by_one_by_flags)
-EACH_RING(busy_poll)
-EACH_RING(busy_poll_by_flags)
+EACH_RING(R39_busy_poll)
+EACH_RING(R39_busy_poll_by_flags)
 EACH_RING(pieces)
 EACH_RING(tiny_rings)
 EACH_RING(indirect)
