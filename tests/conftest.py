@@ -1,7 +1,9 @@
-"""What holds for every test: a C extension that fits its sources, ``--long``, and the record of results
-that tools/test adds up."""
+"""What holds for every test: a C extension that fits its sources, ``--long`` and ``--rows``, the record of
+results that tools/test and tools/conformance add up, and both engines."""
 
 import json
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of this project beside pytest's own."""
     parser.addoption("--long", action="store_true", help="run the tests marked long too")
+    parser.addoption("--rows", metavar="IDS", help="run only tests about these rows of docs/conformance, e.g. "
+                     "VQ-PACKED-D-07,R0?")
     parser.addoption("--results", metavar="FILE", help="write what became of each test to FILE (JSON)")
 
 
@@ -25,20 +29,44 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave long tests out (not: skip them) unless asked for."""
-    if config.getoption("--long"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("long")]
+    """Note which rows each test is about. Leave long tests out (not: skip them) unless asked for, and with
+    --rows those about other rows."""
+    patterns = (config.getoption("--rows") or "").split(",")
+    chosen, left_out = [], []
+    for item in items:
+        rows = about(item)
+        item.user_properties.append(("rows", rows))
+        wanted = patterns == [""] or any(fnmatchcase(row, pattern) for row in rows for pattern in patterns)
+        late = item.get_closest_marker("long") and not config.getoption("--long")
+        (chosen if wanted and not late else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        items[:] = chosen
+
+
+def about(item: pytest.Item) -> list[str]:
+    """The ids of the rows that a test is about, by its marks and its name."""
+    from vdev.testing.rows import named
+
+    marked = [row for mark in item.iter_markers("row") for row in mark.args]
+    return list(dict.fromkeys([*marked, *named(item.name)]))
+
+
+@pytest.fixture(params=["pump", "step"])
+def engine(request: pytest.FixtureRequest) -> Callable:
+    """Each engine in turn: called as rig.pumped is, it opens a driver and its device."""
+    from vdev.testing.rig import ENGINES
+
+    return ENGINES[request.param]
 
 
 class Record:
     """Collects what became of each test, as pytest itself counts, and writes it at the end.
 
-    The file: ``{"passed": n, "failed": [node id, ...], "skipped": [[node id, reason], ...]}``. An error in
-    collection, setup or teardown is a failure. A test that fails as expected is a skip with its reason.
+    The file: ``{"passed": n, "failed": [node id, ...], "skipped": [[node id, reason], ...], "about": {node id:
+    {"rows": [row, ...], "outcome": passed, failed, skipped or not run, "why": message}}}``, the last for tests
+    that are about rows. An error in collection, setup or teardown is a failure. A test that fails as expected is
+    a skip with its reason.
     """
 
     def __init__(self, file: Path) -> None:
@@ -46,6 +74,17 @@ class Record:
         self._passed: set[str] = set()
         self._failed: dict[str, None] = {}
         self._skipped: dict[str, str] = {}
+        self._rows: dict[str, list[str]] = {}
+        self._why: dict[str, str] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """With --collect-only the rows are all there is to tell."""
+        for item in session.items:
+            self._note_rows(item.nodeid, item.user_properties)
+
+    def _note_rows(self, node: str, properties: list[tuple[str, object]]) -> None:
+        if rows := dict(properties).get("rows"):
+            self._rows[node] = rows
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A whole module may fail or be skipped before it has tests."""
@@ -56,8 +95,11 @@ class Record:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Three reports come for each test: setup, call, teardown."""
+        self._note_rows(report.nodeid, report.user_properties)
         if report.failed:
             self._failed[report.nodeid] = None
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self._why[report.nodeid] = crash.message if crash else str(report.longrepr)
         elif report.skipped:
             self._skipped[report.nodeid] = _reason(report)
         elif report.when == "call":
@@ -69,7 +111,13 @@ class Record:
             "passed": len(self._passed - self._failed.keys()),
             "failed": list(self._failed),
             "skipped": list(self._skipped.items()),
+            "about": {node: {"rows": rows, "outcome": self._outcome(node), "why": self._why.get(node, "")}
+                      for node, rows in self._rows.items()},
         }))
+
+    def _outcome(self, node: str) -> str:
+        sets = {"failed": self._failed, "skipped": self._skipped, "passed": self._passed}
+        return next((outcome for outcome, nodes in sets.items() if node in nodes), "not run")
 
 
 def _reason(report: pytest.CollectReport | pytest.TestReport) -> str:

@@ -255,7 +255,7 @@ class SteppedDevice(WiredDevice):
 @contextlib.contextmanager
 def _served(kind: type[WiredDevice], features: int, memory: GuestMemory | None,
             options: dict[str, object]) -> Iterator[tuple[NetDriver, WiredDevice]]:
-    of_driver = {name: options.pop(name) for name in ("size", "buffer_size") if name in options}
+    of_driver = {name: options.pop(name) for name in ("size", "buffer_size", "base") if name in options}
     with contextlib.ExitStack() as stack:
         guest = memory or stack.enter_context(GuestMemory(32 << 20))
         driver = stack.enter_context(NetDriver(guest, features=features, **of_driver))
@@ -266,7 +266,7 @@ def pumped(features: int = USUAL, memory: GuestMemory | None = None,
            **options: object) -> contextlib.AbstractContextManager[tuple[NetDriver, PumpedDevice]]:
     """A driver and its pumped device, in memory of their own or in ``memory``, which stays the caller's.
 
-    Options are those of WiredDevice, and ``size`` and ``buffer_size`` of NetDriver.
+    Options are those of WiredDevice, and ``size``, ``buffer_size`` and ``base`` of NetDriver.
     """
     return _served(PumpedDevice, features, memory, options)
 

@@ -1,0 +1,126 @@
+"""Every test of a row is able to fail: the devices of tests/mutants.toml, each of which breaks one requirement, are
+noticed by the tests of that requirement."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vdev.testing import rows
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "setup.py").exists():
+    pytest.skip("a device is changed in its source tree, and there is none here", allow_module_level=True)
+
+# A test has noticed when it or the driver it uses says so; one that just breaks has not.
+NOTICED = re.compile(r"assert|AssertionError|Failed: DID NOT RAISE|ring\.driver_parts\.DeviceError")
+ENGINE = re.compile(r"[\[-](pump|step)[\]-]")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change of ``file`` that breaks ``rows``; engine: only in that one."""
+
+    name: str
+    rows: list[str]
+    file: str
+    healthy: str
+    faulty: str
+    engine: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.rows[0]}: {self.name}"
+
+
+MUTANTS = [Mutant(**fields) for fields in tomllib.loads(Path(__file__).with_name("mutants.toml").read_text())["mutant"]]
+
+
+class Tree:
+    """A copy of the project in ``folder``, with an extension built for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for package in ("ring", "vdev", "vhost_user"):
+            shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "tests").mkdir()
+        for path in [ROOT / "tests/conftest.py", *(ROOT / "tests").glob("test_rows_[!m]*.py")]:
+            shutil.copy(path, folder / "tests")
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, folder)
+        self.replace("ring/_build.py", '"-O2"', '"-O0"')
+
+    def replace(self, file: str, healthy: str, faulty: str) -> None:
+        """Put one text in place of another that is there exactly once."""
+        text = (self.folder / file).read_text()
+        assert text.count(healthy) == 1
+        (self.folder / file).write_text(text.replace(healthy, faulty))
+
+    def run(self, *arguments: str) -> str:
+        """Run Python with what is imported taken from here -> its output."""
+        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
+        done = subprocess.run([sys.executable, *arguments], cwd=self.folder, env=environment, timeout=600,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode in (0, 1), done.stdout
+        return done.stdout
+
+    def build(self) -> None:
+        """Build the extension anew."""
+        assert "rror" not in self.run("setup.py", "-q", "build_ext", "--inplace", "--force")
+
+    def test(self, ids: list[str]) -> dict:
+        """Run the tests of these rows -> the record (tests/conftest.py)."""
+        record = self.folder / "results.json"
+        output = self.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rows", ",".join(ids), "--results",
+                          str(record), "tests")
+        assert record.exists(), output
+        return json.loads(record.read_text())
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_changes_one_place(mutant) -> None:
+    assert (ROOT / mutant.file).read_text().count(mutant.healthy) == 1
+    assert mutant.healthy != mutant.faulty
+
+
+def test_every_row_has_a_mutant() -> None:
+    tables = [rows.read(ROOT / "docs/conformance" / f"{name}.tsv") for name in ("split", "packed", "features")]
+    wanted = [row.id for table in tables for row in table if row.tested]
+    broken = {id for mutant in MUTANTS for id in mutant.rows}
+    assert [id for id in wanted if id not in broken] == []
+    assert broken <= set(wanted)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_copy_without_a_fault_passes(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    tree.build()
+    for module in ("ring.build", "ring._core", "vdev", "vhost_user"):
+        where = tree.run("-c", f"import {module} as m; print(m.__file__)")
+        assert where.startswith(str(tmp_path))
+    record = tree.test(["VQ-*", "RSVF-*"])
+    assert record["failed"] == [] and record["passed"] > 100
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_noticed(mutant, tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    tree.replace(mutant.file, mutant.healthy, mutant.faulty)
+    if not mutant.file.endswith(".py"):
+        tree.build()
+    record = tree.test(mutant.rows)
+    for row in mutant.rows:
+        tests = {test: about for test, about in record["about"].items() if row in about["rows"]}
+        engines = {engine for test in tests for engine in ENGINE.findall(test)} or {""}
+        for engine in {mutant.engine} if mutant.engine else engines:
+            why = [about["why"] for test, about in tests.items() if not engine or engine in ENGINE.findall(test)]
+            assert any(map(NOTICED.match, why)), f"{row}, {engine or 'any engine'}: {list(filter(None, why))}"
