@@ -118,7 +118,7 @@ def test_R03_slots_offered_again_before_they_came_back(features):
 
 
 @pytest.mark.parametrize("id", [0, 8, 0x7FFF, 0xFFFF])
-def test_R04_R05_any_buffer_id_goes_back_as_it_came(ring, buffer, id):
+def test_R04_any_buffer_id_goes_back_as_it_came(ring, buffer, id):
     """An entry beyond the size breaks a split ring, because it names a descriptor. A buffer id names nothing that the
     device looks up: it only comes back, also if it is in use already."""
     driver, device = ring
