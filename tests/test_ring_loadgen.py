@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 
 from ring.driver import DriverQueue, GuestMemory, OutOfGuestMemory
-from ring.driver_parts import EVENT_IDX, INDIRECT_DESC
+from ring.driver_packed import DESC_F_AVAIL, DESC_F_USED, EVENT_DESC, EVENT_DISABLE
+from ring.driver_parts import DESC_F_WRITE, EVENT_IDX, INDIRECT_DESC
 from ring.driver_split import USED_F_NO_NOTIFY
 from ring.loadgen import ETHERNET_PREFIX, ERRORS, LoadGenerator, Role
 from ring.virtqueue import Chain, VirtQueue
@@ -21,10 +22,15 @@ from vdev.testing.rig import joined
 
 EVENT = 1 << EVENT_IDX
 PACKED = mask(Feature.RING_PACKED)
+IN_ORDER = mask(Feature.IN_ORDER)
 MERGEABLE = 1 << Feature.MRG_RXBUF
 HEADER = 12
 STAMP = struct.Struct("<QII")
 AT_STAMP = HEADER + len(ETHERNET_PREFIX)
+
+in_each_format = pytest.mark.parametrize("ring", [0, PACKED], ids=["split", "packed"])
+on_each_ring = pytest.mark.parametrize("ring", [0, PACKED, IN_ORDER, PACKED | IN_ORDER],
+                                       ids=["split", "packed", "split_in_order", "packed_in_order"])
 
 
 @contextlib.contextmanager
@@ -87,9 +93,10 @@ def frames(count: int, **load: object) -> list[bytes]:
 # ---------------------------------------------------------------------------------------------- what it does
 
 
+@on_each_ring
 @pytest.mark.parametrize("load", [{}, {"pieces": 4}, {"pieces": 3, "indirect": True}, {"batch": 1}, {"full": False}])
-def test_frames_are_stamped_and_each_is_different(load):
-    features = (1 << INDIRECT_DESC) if load.get("indirect") else 0
+def test_frames_are_stamped_and_each_is_different(load, ring):
+    features = ring | ((1 << INDIRECT_DESC) if load.get("indirect") else 0)
     sent = frames(20, frame_bytes=100, header=bytes(range(12)), features=features, **load)
     for i, frame in enumerate(sent):
         assert len(frame) == HEADER + 100
@@ -99,15 +106,16 @@ def test_frames_are_stamped_and_each_is_different(load):
     assert len(bodies) == (20 if load.get("full", True) else 1)
 
 
-def test_chains_have_the_shape_asked_for():
-    with loaded(Role.TRANSMIT, frames=1, frame_bytes=100, pieces=4) as (generator, driver, device):
+@on_each_ring
+def test_chains_have_the_shape_asked_for(ring):
+    with loaded(Role.TRANSMIT, ring, frames=1, frame_bytes=100, pieces=4) as (generator, driver, device):
         generator.start()
         (chain,) = chains(device, 1)
         assert chain.descriptors == 4
         assert [driver.ring.desc[chain.head + i].len for i in range(4)] == [12, 33, 33, 34]
 
 
-def test_kicks_follow_the_wish_of_the_device():
+def test_kicks_follow_the_wish_of_the_device_split():
     with loaded(Role.TRANSMIT, frames=3, batch=1) as (generator, driver, device):
         driver.ring.used.flags = USED_F_NO_NOTIFY
         generator.start()
@@ -120,8 +128,33 @@ def test_kicks_follow_the_wish_of_the_device():
         assert generator.stats().kicks == 1
 
 
-def test_stop_in_the_middle():
-    with loaded(Role.TRANSMIT) as (generator, driver, device):
+def test_kicks_follow_the_wish_of_the_device_packed():
+    with loaded(Role.TRANSMIT, PACKED, frames=3, batch=1) as (generator, driver, device):
+        driver.ring.device_event.set(0, EVENT_DISABLE)
+        generator.start()
+        chains(device, 3)
+        assert generator.stats().kicks == 0 and generator.stats().publications == 3
+    with loaded(Role.TRANSMIT, PACKED | EVENT, frames=8, batch=1) as (generator, driver, device):
+        driver.ring.device_event.set(driver.ring.off_wrap(4), EVENT_DESC)
+        generator.start()
+        chains(device, 8)
+        assert generator.stats().kicks == 1
+
+
+@in_each_format
+def test_batch_in_order_is_believed(ring):
+    with loaded(Role.TRANSMIT, ring | IN_ORDER, frames=4, frame_bytes=100) as (generator, driver, device):
+        generator.start()
+        device.push_batch(chains(device, 4))
+        use(driver, device, [])
+        assert generator.wait(10)
+        stats = generator.stats()
+        assert (stats.frames, stats.bytes, stats.buffers, stats.errors) == (4, 400, 4, {})
+
+
+@in_each_format
+def test_stop_in_the_middle(ring):
+    with loaded(Role.TRANSMIT, ring) as (generator, driver, device):
         generator.start()
         popped = chains(device, 16)
         use(driver, device, [(chain, 0) for chain in popped[:5]])
@@ -155,18 +188,48 @@ def test_used_index_too_far_ahead():
     assert accused(Role.TRANSMIT, misbehave) == {"used_ahead": 1}
 
 
-@pytest.mark.parametrize("pieces, head", [(1, 16), (1, 0xFFFFFFFF), (2, 1), (1, "again")])
-def test_head_that_is_not_outstanding(pieces, head):
+def test_used_flags_out_of_turn():
+    """2.8.1: AVAIL and USED of a used descriptor are both equal to the wrap counter, here 1."""
+    def misbehave(driver, device):
+        chains(device, 16)
+        driver.ring.desc[0].flags = DESC_F_USED
+        call(driver)
+
+    assert accused(Role.TRANSMIT, misbehave, features=PACKED) == {"used_ahead": 1}
+
+
+@on_each_ring
+@pytest.mark.parametrize("pieces, head", [(1, 16), (1, 0xFFFFFFFF), (2, 9), (1, "again")])
+def test_head_that_is_not_outstanding(pieces, head, ring):
     def misbehave(driver, device):
         popped = chains(device, 4)
         bad = popped[0].head if head == "again" else head
         use(driver, device, [*((chain, 0) for chain in popped[:3]), (Claimed(bad), 0)])
 
-    assert accused(Role.TRANSMIT, misbehave, frames=4, pieces=pieces) == {"unknown_head": 1}
+    assert accused(Role.TRANSMIT, misbehave, features=ring, frames=4, pieces=pieces) == {"unknown_head": 1}
 
 
+def test_batch_that_goes_on_beyond_the_used_index():
+    def misbehave(driver, device):
+        popped = chains(device, 16)
+        use(driver, device, [(chain, 0) for chain in (*popped[:7], popped[15])])  # it waits for half of them
+
+    assert accused(Role.TRANSMIT, misbehave, features=IN_ORDER) == {"used_ahead": 1}
+
+
+@in_each_format
+def test_batch_that_ends_with_a_chain_used_before(ring):
+    def misbehave(driver, device):
+        popped = chains(device, 4)
+        device.push_batch(popped[:3])
+        use(driver, device, [(Claimed(popped[1].head), 0)])
+
+    assert accused(Role.TRANSMIT, misbehave, features=ring | IN_ORDER, frames=4) == {"unknown_head": 1}
+
+
+@in_each_format
 @pytest.mark.parametrize("role, written", [(Role.TRANSMIT, 1), (Role.RECEIVE, 11), (Role.RECEIVE, 12 + 1515)])
-def test_used_length_that_cannot_be(role, written):
+def test_used_length_that_cannot_be(role, written, ring):
     def misbehave(driver, device):
         (chain,) = chains(device, 1)
         if role == Role.RECEIVE:
@@ -174,32 +237,48 @@ def test_used_length_that_cannot_be(role, written):
         use(driver, device, [(chain, written)])
         call(driver)
 
-    assert accused(role, misbehave, frames=1) == {"bad_length": 1}
+    assert accused(role, misbehave, features=ring, frames=1) == {"bad_length": 1}
 
 
+@pytest.mark.parametrize("length, write", [(100, 0), (0, DESC_F_WRITE)])
+def test_used_length_and_write_flag_that_differ(length, write):
+    """2.8.3, 2.8.4: WRITE says that there is a length."""
+    def misbehave(driver, device):
+        (chain,) = chains(device, 1)
+        driver.ring.desc[0].set(0, length, DESC_F_AVAIL | DESC_F_USED | write, chain.head)
+        call(driver)
+
+    assert accused(Role.RECEIVE, misbehave, features=PACKED) == {"bad_length": 1}
+
+
+@in_each_format
 @pytest.mark.parametrize("features, num_buffers", [(0, 0), (0, 2), (MERGEABLE, 0), (MERGEABLE, 3)])
-def test_num_buffers_that_cannot_be(features, num_buffers):
+def test_num_buffers_that_cannot_be(features, num_buffers, ring):
     def misbehave(driver, device):
         popped = chains(device, 2)
         popped[0].write(bytes(10) + struct.pack("<H", num_buffers))
         use(driver, device, [(popped[0], 100), (popped[1], 100)])
 
-    assert accused(Role.RECEIVE, misbehave, features=features) == {"bad_merge": 1}
+    assert accused(Role.RECEIVE, misbehave, features=features | ring) == {"bad_merge": 1}
 
 
-def test_device_that_stands_still():
-    assert accused(Role.TRANSMIT, lambda driver, device: None, stall_ms=50, busy_poll=True) == {"stall": 1}
-    assert accused(Role.RECEIVE, lambda driver, device: None, stall_ms=50) == {"stall": 1}
+@in_each_format
+def test_device_that_stands_still(ring):
+    idle = {"misbehave": lambda driver, device: None, "features": ring, "stall_ms": 50}
+    assert accused(Role.TRANSMIT, **idle, busy_poll=True) == {"stall": 1}
+    assert accused(Role.RECEIVE, **idle) == {"stall": 1}
 
 
-def test_call_that_is_due_and_does_not_come():
+@pytest.mark.parametrize("events", [0, EVENT], ids=["flags", "events"])
+@in_each_format
+def test_call_that_is_due_and_does_not_come(ring, events):
     def misbehave(driver, device):
         (chain,) = chains(device, 1)
         time.sleep(0.05)  # it sleeps by now
         device.push(chain)
         device.publish()
 
-    assert accused(Role.TRANSMIT, misbehave, features=EVENT, frames=1, stall_ms=0) == {"lost_call": 1}
+    assert accused(Role.TRANSMIT, misbehave, features=ring | events, frames=1, stall_ms=0) == {"lost_call": 1}
 
 
 def received(*sent: bytes, **load: object):
@@ -217,8 +296,9 @@ def received(*sent: bytes, **load: object):
         return generator.stats()
 
 
-def test_frames_that_are_right():
-    stats = received(*frames(30, frame_bytes=200), frames=30)
+@on_each_ring
+def test_frames_that_are_right(ring):
+    stats = received(*frames(30, frame_bytes=200), frames=30, features=ring)
     assert (stats.frames, stats.bytes, stats.lost, stats.foreign, stats.errors) == (30, 6000, 0, 0, {})
 
 
