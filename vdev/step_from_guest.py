@@ -111,29 +111,29 @@ class FromGuest(Direction):
             return True
         frame = chain.read(NET_HEADER)
         yield self.step(Phase.BYTES_READ, head=chain.head, length=len(frame))
-        return (yield from self._write(header, frame))
+        return (yield from self._write(chain.head, header, frame))
 
-    def _write(self, header: Header, frame: bytes) -> Generator[Step, None, bool]:
+    def _write(self, head: int, header: Header, frame: bytes) -> Generator[Step, None, bool]:
         """One message -> False: the port takes no more."""
         parts = [bytes(header), frame] if self.lane.config.port_header else [frame]
         try:
             written = os.writev(self.lane.config.to_port, parts)
         except BlockingIOError as full:
-            yield self.step(Phase.PORT_WRITE, length=0, reason=full.strerror)
+            yield self.step(Phase.PORT_WRITE, head=head, length=0, reason=full.strerror)
             return False
         except OSError as error:
             lost = "no_port" if port_is_dead(error) else "port"
-            yield self.step(Phase.PORT_WRITE, length=0, reason=error.strerror)
+            yield self.step(Phase.PORT_WRITE, head=head, length=0, reason=error.strerror)
             if lost == "no_port":
                 yield self.port_lost()
             yield self._drop(lost)
             return True
         if written != sum(map(len, parts)):
-            yield self.step(Phase.PORT_WRITE, length=written, reason="a part only")
+            yield self.step(Phase.PORT_WRITE, head=head, length=written, reason="a part only")
             yield self._drop("port")
             return True
         self.counts.frames += 1
         self.counts.bytes += len(frame)
         self.counts.gso_frames += header.segmented
-        yield self.step(Phase.PORT_WRITE, length=len(frame))
+        yield self.step(Phase.PORT_WRITE, head=head, length=len(frame))
         return True
