@@ -1,8 +1,8 @@
 """The programs in tests/c, built from the C sources under sanitizers and shown test by test.
 
 AddressSanitizer and UndefinedBehaviorSanitizer with both compilers, all warnings being errors; the pump against the
-load generator under ThreadSanitizer, which knows the order that two threads may rely on; and what races with itself
-(litmus) as the product is compiled. That these programs find what they are there to find: test_c_faults.py.
+load generator under ThreadSanitizer, which knows the order that two threads may rely on; the races of notification
+(litmus) compiled as the product is. That these programs find what they are there to find: test_c_faults.py.
 """
 
 import os

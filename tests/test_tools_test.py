@@ -162,6 +162,18 @@ def test_stage_adds_up(program: ModuleType, small_project: Path) -> None:
     assert run_a_stage(program) == (1, ["tests/test_a.py::test_b"], 0)
 
 
+@pytest.mark.parametrize("arguments, seconds", [([], 600), (["--long"], 5400)])
+def test_stage_with_long_tests_may_take_longer(program: ModuleType, small_project: Path,
+                                               monkeypatch: pytest.MonkeyPatch, arguments: list[str],
+                                               seconds: int) -> None:
+    asked = []
+    monkeypatch.setattr(program, "run_bounded", lambda command, seconds: asked.append(seconds))
+    results = program.Results()
+    program.run_stage(program.Stage("c", "", (".",), 10, minutes_long=90), Path(sys.executable), arguments, results)
+    assert asked == [seconds]
+    assert f"c: not finished after {seconds // 60} minutes" in results.failed
+
+
 def test_stage_without_tests_is_a_failure(program: ModuleType, small_project: Path) -> None:
     assert run_a_stage(program) == (0, ["unit: pytest ended with status 5 and ran no test"], 0)
 

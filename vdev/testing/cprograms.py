@@ -81,7 +81,7 @@ def names_in(program: Path) -> list[str]:
 
 def found_fault(done: subprocess.CompletedProcess[str]) -> bool:
     """Did a sanitizer end this program, rather than a check of its own?"""
-    return done.returncode == _FAULT_FOUND or "Sanitizer" in done.stderr
+    return done.returncode == _FAULT_FOUND
 
 
 class Builder:
@@ -113,8 +113,9 @@ class Builder:
             # A program may include a unit whole, to reach what is static in it.
             included = {Path(path).stem for path in re.findall(r'^#include "(.*[.]c)"', source.read_text(), re.M)}
             objects = [path for path in self._core(flavour, fault) if path.stem not in included]
-            self._made[key] = source.parent / name if fault else self._folder / f"{flavour.name}-{name}"
-            self._compile(flavour, source, *objects, "-o", self._made[key])
+            target = (programs if fault else self._folder) / f"{flavour.name}-{name}"
+            self._compile(flavour, source, *objects, "-o", target)
+            self._made[key] = target
         return self._made[key]
 
     def run(self, flavour: Flavour, program: str, name: str, *arguments: object, fault: Fault | None = None,
@@ -140,7 +141,7 @@ class Builder:
         if (flavour, fault) not in self._objects:
             programs, ring = self._tree(fault)
             objects = (programs if fault else self._folder) / f"{flavour.name}-objects"
-            objects.mkdir()
+            objects.mkdir(exist_ok=True)
             files = [*sources.compiled(ring), *sources.driver_compiled(ring)]
             made = [objects / f"{file.stem}.o" for file in files]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
