@@ -99,7 +99,7 @@ class VirtQueue:
     (packed: descriptor ring, driver and device event suppression structure). features: negotiated virtio
     features. base: where to go on, as SET_VRING_BASE carries it.
 
-    Every verb raises RingBroken (MemoryGone among them) on a ring that has lost its meaning and QueueBusy
+    Every verb but conclude raises RingBroken (MemoryGone among them) on a ring that has lost its meaning and QueueBusy
     while a pump has it. The constructor raises SetupError.
     """
 

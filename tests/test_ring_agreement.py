@@ -147,6 +147,8 @@ class HonestDriver(RuleBasedStateMachine):
         if self.both.core.state.broken:
             for other in ("see", "pop", "publish", "decide", "arm", "disarm"):
                 self.both.ask(other)
+            self.both.ask("conclude")
+            self.both.ask("publish")
             self.start_again()
         return answers
 

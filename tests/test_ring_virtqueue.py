@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ring.driver import DeviceError, DriverQueue, Extent, GuestMemory
-from ring.driver_parts import EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED
+from ring.driver_packed import DESC_F_AVAIL
+from ring.driver_parts import DESC_F_NEXT, EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED
 from ring.driver_split import SplitLayout
-from ring.errors import SetupError
+from ring.errors import RingBroken, SetupError, named
 from ring.virtqueue import CallReason, VirtQueue
 from vdev.testing.rig import DeviceSide, joined
 
@@ -163,6 +164,52 @@ def test_chain_of_which_the_device_says_too_much_is_back_all_the_same(ring):
 
 
 # ----------------------------------------------------------------------------------------- sizes and wraps
+
+
+def break_ring(driver: DriverQueue, device: VirtQueue) -> str:
+    """Offer what takes the ring its meaning, and have the device see it -> the rule."""
+    if driver.packed:
+        for slot in range(driver.ring.size):
+            driver.ring.desc[slot].flags |= DESC_F_NEXT
+        driver.ring.desc[device.state.next_avail].flags = DESC_F_AVAIL | DESC_F_NEXT
+    else:
+        driver.ring.offer(driver.ring.size)
+        driver.ring.publish()
+    with pytest.raises(RingBroken) as caught:
+        device.pop()
+    return caught.value.code
+
+
+@every_ring
+def test_R04_R09_what_was_used_before_the_ring_broke_is_the_drivers(ring):
+    with joined(features=ring) as (driver, device):
+        for _ in range(3):
+            driver.post([b"x"])
+        driver.submit()
+        chains = [device.pop() for _ in range(3)]
+        batch = chains if ring & ORDER else []
+        for chain in [] if batch else chains:
+            device.push(chain)
+        code = break_ring(driver, device)
+        assert driver.ring.pending() == 0
+        assert device.conclude(batch) is CallReason.FLAG_WANTS
+        assert driver.ring.pending() == 3 and device.state.broken.code == code
+        assert device.conclude() is CallReason.NOTHING_NEW
+        with pytest.raises(RingBroken):
+            device.publish()
+
+
+@either_format
+def test_nothing_is_written_to_a_ring_that_lost_its_memory(ring):
+    with joined(features=ring) as (driver, device):
+        driver.post([b"x"])
+        driver.submit()
+        device.push(device.pop())
+        device.fail(named("RING_E_RING_UNMAPPED"))
+        before = driver.memory.snapshot()
+        with pytest.raises(SetupError):
+            device.conclude()
+        assert driver.memory.snapshot() == before
 
 
 @pytest.mark.parametrize("size", [1, 2, 16, 1024, 32768], ids="split_size_{}".format)

@@ -4,7 +4,7 @@ There are two engines. The pump (ring/plane/) is C, and what a daemon runs. This
 counters - the same frames lost for the same reasons, the same used entries, the same wishes for kicks and calls -
 but stops after each phase and says what it has just done. Both are made of the same micro-steps of the virtqueue
 (ring/core/split.inl, ring/core/packed.inl) and the same checks of the net header (ring/plane/header.c), and
-tests/test_vdev_step.py runs both beside each other. So what is shown here is what the product does.
+tests/test_vdev_step_agreement.py runs both beside each other. So what is shown here is what the product does.
 
     lane = StepLane()
     lane.configure(config)          # a ring.pump.LaneConfig, as for a pump
@@ -16,8 +16,8 @@ tests/test_vdev_step.py runs both beside each other. So what is shown here is wh
 The heart is a chain of generators: StepLane looks for work and lets each direction (vdev/step_from_guest.py,
 vdev/step_to_guest.py) have a turn; a direction does one thing and yields what it was (vdev/step_flow.py). Between two
 phases nobody waits and no lock is held, so a request of the front-end can come at any point: ``abandon`` brings the
-chain in hand to its end, or gives it back where nothing has left or entered the port yet, and publishes what is owed.
-It takes no more of the guest's descriptors one by one then, so it takes as long as the pump does for one frame.
+frame in hand to its end, or gives its chains back if the port was not read yet, and publishes what is owed. A chain is
+walked in one call then, as the pump does, so a long one does not keep the request waiting.
 
 Waiting is the pump's: kicks are edge triggered and their eventfds never read, ports are level triggered and watched
 only while that leads to anything. Nothing here blocks.
@@ -81,7 +81,7 @@ class StepLane:
         self._watch_ports()
 
     def detach(self) -> None:
-        """Let go of the queues, at any point; see abandon. Idempotent."""
+        """Let go of the queues, between any two phases; see abandon. Idempotent, and all there is to free."""
         self.abandon()
         if self._epoll is not None:
             self._epoll.close()

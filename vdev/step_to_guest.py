@@ -27,7 +27,7 @@ from vdev.step_flow import (
 )
 
 PIECES_MAX = lib.RING_PIECES_MAX - 1  # the pump's readv takes a tail, too
-_SHORT_OF_GSO = 1514
+_ORDINARY_FRAME = 1514  # bytes; a longer one announces more of its kind
 _VLAN_TAG = 4
 
 
@@ -183,7 +183,7 @@ class ToGuest(Direction):
         self.counts.frames += 1
         self.counts.bytes += length
         self.counts.gso_frames += header.segmented
-        self._expect = lib.LARGE_FRAME if length > _SHORT_OF_GSO else lib.SMALL_FRAME
+        self._expect = lib.LARGE_FRAME if length > _ORDINARY_FRAME else lib.SMALL_FRAME
 
     def _place(self, header: Header, frame: bytes) -> Generator[Step, None, _Received]:
         """Put a frame that lies in private memory into chains, or hold it until the guest posts enough."""

@@ -54,7 +54,7 @@ class Queue(ABC):
     """What both formats share.
 
     size: entries. desc, avail, used: uva of the three parts. features: negotiated feature bits. Every verb
-    raises RingBroken on a ring that has lost its meaning; the constructor raises SetupError.
+    but conclude raises RingBroken on a ring that has lost its meaning; the constructor raises SetupError.
     """
 
     desc: int  # gpa of the descriptor table or ring
@@ -155,6 +155,17 @@ class Queue(ABC):
     @abstractmethod
     def disarm(self) -> None:
         """Tell the driver that kicks are not needed."""
+
+    def conclude(self, chains: Sequence[Chain | ChainError] = ()) -> CallReason:
+        """The ring broke: what was used before is shown to the driver all the same, with one entry for ``chains`` (as
+        push_batch), if there are any. The one verb that a broken ring obeys."""
+        broken, self.broken = self.broken, None
+        if chains:
+            self.push_batch(chains)
+        self.publish()
+        reason = self.decide()
+        self.broken = broken
+        return reason
 
     @property
     @abstractmethod
