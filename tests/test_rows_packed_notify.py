@@ -36,7 +36,7 @@ def test_calls_follow_the_descriptor_asked_for(engine, slot, wrap):
         ring = driver.transmitq.ring
         assert was_called(driver, device)  # the first one comes whatever the event: a driver may have missed one
         for batch in (1, 2, 5):
-            for distance in (-1, *range(batch + 1), 15):
+            for distance in (-1, *range(batch + 1), 15, 16):
                 ring.driver_event.set(ring.off_wrap((ring.next_used + distance) % 32), EVENT_DESC)
                 assert was_called(driver, device, batch) == (0 <= distance < batch), (batch, distance)
 

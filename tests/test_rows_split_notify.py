@@ -45,6 +45,15 @@ def test_calls_follow_the_event_and_not_the_flag(engine, flags, base):
         assert was_called(driver, device) == (ring.used.idx == 0)
 
 
+@row("VQ-SPLIT-D-13", "VQ-SPLIT-D-14", "VQ-SPLIT-DR-13")
+@pytest.mark.parametrize("distance", range(-1, 6))
+def test_calls_follow_the_event_across_65536(engine, distance):
+    with engine(EVENT_IDX, size=16, base=65532) as (driver, device):
+        was_called(driver, device)
+        driver.transmitq.ring.avail.used_event = (65533 + distance) & 0xFFFF
+        assert was_called(driver, device, 5) == (0 <= distance < 5)
+
+
 # --------------------------------------------------------------------------------------------------- kicks
 
 
