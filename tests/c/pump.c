@@ -5,7 +5,7 @@
 #include "load.h"
 #include "wire.h"
 
-#define FRAMES 3000
+#define FRAMES 2000
 
 static void check_stats(const struct driver *d, uint64_t frames)
 {

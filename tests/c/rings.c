@@ -203,7 +203,8 @@ static void any_ring_contents(uint64_t ring)
         uint32_t size = ring & PACKED ? below(&random, 17) + 1 : 1u << below(&random, 5);
         uint32_t base = ring & PACKED ? packed_base(below(&random, size), i & 1) : below(&random, 1 << 16);
         guest_init(&g, size, ring | (next_random(&random) & 3) << FEATURE_INDIRECT_DESC, base);
-        uint64_t table_at = guest_block(&g, TABLE * sizeof(struct vring_desc), &table), data_at = guest_block(&g, DATA, &data);
+        uint64_t table_at = guest_block(&g, TABLE * sizeof(struct vring_desc), &table);
+        uint64_t data_at = guest_block(&g, DATA, &data);
         fill(&g, g.desc, size, table_at, data_at, &random);
         fill(&g, table, TABLE, table_at, data_at, &random);
         guest_start(&g);
