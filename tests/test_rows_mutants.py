@@ -54,7 +54,7 @@ class Tree:
             shutil.copy(path, folder / "tests")
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, folder)
-        self.replace("ring/_build.py", '"-O2"', '"-O0"')
+        self.replace("ring/sources.py", '"-O2"', '"-O0"')
 
     def replace(self, file: str, healthy: str, faulty: str) -> None:
         """Put one text in place of another that is there exactly once."""
