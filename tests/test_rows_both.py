@@ -9,7 +9,7 @@ from ring.driver_parts import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 from vdev.net.features import Feature, mask
 from vdev.testing.netdriver import NetHeader
 from vdev.testing.rig import assert_serves, table
-from vdev.testing.watch import delivered, noise, placed, settle, until
+from vdev.testing.watch import delivered, noise, on_wire, placed, settle, until
 
 PLAIN = mask(Feature.VERSION_1)
 PACKED = mask(Feature.RING_PACKED)
@@ -96,7 +96,7 @@ def test_buffers_in_order_are_used_as_they_became_available(engine, ring):
             transmitq.submit()
             for length in lengths:
                 device.send(noise(length))
-            assert [device.receive() for _ in lengths] == [(NetHeader(), noise(length)) for length in lengths]
+            assert on_wire(device, len(lengths)) == [(NetHeader(), noise(length)) for length in lengths]
             assert until(device, lambda: transmitq.ring.pending() == len(lengths))
             assert [done.head for done in transmitq.collect_all()] == sent
             missing += sum(lengths) + HEADER * len(lengths)
@@ -137,7 +137,7 @@ def test_driver_that_publishes_batches_and_refuses_calls_meanwhile(engine, ring,
             for _ in range(8):
                 driver.offer(noise())
             queue.submit()
-            assert [device.receive() for _ in range(8)] == [(NetHeader(), noise())] * 8
+            assert on_wire(device, 8) == [(NetHeader(), noise())] * 8
             driver.reclaim()
             while queue.outstanding:
                 if not queue.ring.want_calls():
@@ -157,7 +157,7 @@ def test_chains_without_a_kick_are_served_by_the_next_one_at_the_latest(engine, 
             driver.transmitq.publish()
             time.sleep(0.02)
         driver.transmitq.kick()
-        assert [device.receive(2) for _ in range(3)] == [(NetHeader(), noise(seed=number)) for number in range(3)]
+        assert on_wire(device, 3) == [(NetHeader(), noise(seed=number)) for number in range(3)]
 
 
 # ---------------------------------------------------------------------- chains that no driver should offer

@@ -9,7 +9,7 @@ from ring.driver_packed import DESC_F_AVAIL, DESC_F_USED, PACKED_DESCRIPTOR
 from ring.driver_parts import DESC_F_WRITE
 from vdev.net.features import Feature, mask
 from vdev.testing.netdriver import NetHeader
-from vdev.testing.watch import noise, until, watching
+from vdev.testing.watch import noise, on_wire, until, watching
 
 row = pytest.mark.row
 
@@ -130,7 +130,7 @@ def test_used_descriptor_goes_to_the_next_slot_not_to_that_of_its_buffer(engine,
         ids = [driver.offer(data, cuts=range(1, count)) for data, count in zip(frames, counts, strict=True)]
         driver.transmitq.submit()
         device.attach()
-        assert [device.receive() for _ in frames] == [(NetHeader(), data) for data in frames]
+        assert on_wire(device, len(frames)) == [(NetHeader(), data) for data in frames]
         assert until(device, lambda: driver.transmitq.ring.pending() == len(ids))
         found = Slots(driver.transmitq).used(1)
         each = [Used(sum(counts[:i]), 1, id, 0, False) for i, id in enumerate(ids)]

@@ -5,7 +5,7 @@ import pytest
 from vdev.net.features import Feature, mask
 from vdev.testing.netdriver import NetHeader
 from vdev.testing.rig import assert_serves
-from vdev.testing.watch import delivered, exchange, noise, settle, until, was_called, watching
+from vdev.testing.watch import delivered, exchange, noise, on_wire, settle, until, was_called, watching
 
 row = pytest.mark.row
 
@@ -87,7 +87,7 @@ def test_kicks_are_left_out_before_avail_event(engine):
             frames = [noise(seed=number) for number in range(10)]
             for data in frames:
                 driver.transmit(data)
-            assert [device.receive(2) for _ in frames] == [(NetHeader(), data) for data in frames]
+            assert on_wire(device, len(frames)) == [(NetHeader(), data) for data in frames]
             assert until(device, lambda: driver.transmitq.ring.pending() == 10)
             driver.reclaim()
         assert driver.receiveq.kicks < 31

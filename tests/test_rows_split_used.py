@@ -7,7 +7,7 @@ import pytest
 from ring.driver import Buffer, DriverQueue
 from vdev.net.features import Feature, mask
 from vdev.testing.netdriver import NetDriver, NetHeader
-from vdev.testing.watch import noise, placed, until, watching
+from vdev.testing.watch import noise, on_wire, placed, until, watching
 
 row = pytest.mark.row
 
@@ -128,7 +128,7 @@ def test_batch_in_order_is_understood_by_the_driver(engine):
         heads = [driver.offer(data, cuts=(HEADER,) * (i % 3 == 0)) for i, data in enumerate(frames)]
         driver.transmitq.submit()
         device.attach()
-        assert [device.receive() for _ in frames] == [(NetHeader(), data) for data in frames]
+        assert on_wire(device, len(frames)) == [(NetHeader(), data) for data in frames]
         assert until(device, lambda: driver.transmitq.ring.pending() == 10)
         # an element of its own for each chain would be right too
         batch = used(driver.transmitq, 1)[0][0] != heads[0]

@@ -1,6 +1,7 @@
 """Looking at a device from outside while it works, for tests of what it does when; and traffic for it."""
 
 import contextlib
+import itertools
 import random
 import sys
 import threading
@@ -94,6 +95,11 @@ def delivered(driver: NetDriver, device: WiredDevice) -> Received:
     return received
 
 
+def on_wire(device: WiredDevice, count: int) -> list[tuple[NetHeader, bytes]]:
+    """The next ``count`` frames that the device puts on the wire, header and frame; fewer if one does not come."""
+    return list(itertools.takewhile(bool, (device.receive() for _ in range(count))))
+
+
 def was_called(driver: NetDriver, device: WiredDevice, frames: int = 1) -> bool:
     """Have ``frames`` sent in one burst -> whether the driver was called. The chains are collected.
 
@@ -106,7 +112,7 @@ def was_called(driver: NetDriver, device: WiredDevice, frames: int = 1) -> bool:
         driver.offer(noise())
     queue.publish()
     device.attach()
-    assert [device.receive() for _ in range(frames)] == [(NetHeader(), noise())] * frames
+    assert on_wire(device, frames) == [(NetHeader(), noise())] * frames
     assert until(device, lambda: queue.ring.pending() == frames)
     settle(device)
     driver.reclaim()
