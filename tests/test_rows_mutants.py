@@ -54,7 +54,7 @@ class Tree:
             shutil.copy(path, folder / "tests")
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, folder)
-        self.replace("ring/sources.py", '"-O2"', '"-O0"')
+        self.replace("ring/sources.py", '"-O2"', '"-O0"')  # builds fastest
 
     def replace(self, file: str, healthy: str, faulty: str) -> None:
         """Put one text in place of another that is there exactly once."""
@@ -87,6 +87,16 @@ class Tree:
 def test_mutant_changes_one_place(mutant) -> None:
     assert (ROOT / mutant.file).read_text().count(mutant.healthy) == 1
     assert mutant.healthy != mutant.faulty
+
+
+def test_a_tree_is_made_with_a_text_replaced(tmp_path: Path) -> None:
+    mutant = MUTANTS[0]
+    tree = Tree(tmp_path)
+    tree.replace(mutant.file, mutant.healthy, mutant.faulty)
+    healthy, faulty = ((root / mutant.file).read_text() for root in (ROOT, tmp_path))
+    assert healthy.replace(mutant.healthy, mutant.faulty) == faulty
+    with pytest.raises(AssertionError):
+        tree.replace(mutant.file, mutant.healthy, mutant.faulty)
 
 
 def test_every_row_has_a_mutant() -> None:
