@@ -1,8 +1,9 @@
 """Guest memory as the front-end shares it: checking, mapping, and the tables that translate addresses.
 
-``Mapping`` owns one mmap. ``GuestMemory`` is an immutable set of mappings with its translation table; a
-change makes a new ``GuestMemory`` that shares the mappings it keeps. Python never touches the memory
-itself: a front-end can truncate its file at any time, and only the C core's guard survives that.
+``SharedFile`` owns one mmap of what a front-end sent, ``Mapping`` that of a memory region. ``GuestMemory`` is an
+immutable set of mappings with its translation table; a change makes a new ``GuestMemory`` that shares the mappings
+it keeps. Python never touches the memory itself: a front-end can truncate its file at any time, and only the C
+core's guard survives that.
 """
 
 import ctypes
@@ -52,29 +53,28 @@ class Policy:
 DEFAULT_POLICY = Policy()
 
 
-class Mapping:
-    """One region of guest memory: gpa and uva are where the guest and the front-end have it.
+class SharedFile:
+    """``size`` bytes of a front-end's file from ``offset``, mapped; ``owner`` is marked when they vanish.
 
-    Raises SetupError when the file is not what guest memory can be: not a regular file, on a file system
+    Raises SetupError when the file is not what shared memory can be: not a regular file, on a file system
     whose pages may block, shorter than ``offset + size`` (touching the rest would raise SIGBUS), read-only
-    or sealed against writing. ``fd`` stays the caller's and may be closed afterwards.
+    or sealed against writing. ``fd`` stays the caller's and may be closed afterwards. noun, where, remedy: what it
+    is, which one it is, and what to do about a file on the wrong file system, for these errors.
     """
 
-    def __init__(self, fd: int, gpa: int, uva: int, size: int, offset: int, owner, policy: Policy = DEFAULT_POLICY):
-        self.gpa, self.uva, self.size = gpa, uva, size
+    def __init__(self, fd: int, size: int, offset: int, owner, policy: Policy, *, noun: str, where: str, remedy: str):
+        self.size = size
         self._owner = owner
         self._base = None
-        where = f"memory region at {gpa:#x}"
         if size <= 0 or offset < 0 or offset + size >= 1 << 63:
             raise _refuse(f"{where}: size {size:#x} at offset {offset:#x} of its file makes no sense")
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise _refuse(f"{where}: its descriptor is no regular file; use a memfd or a file in /dev/shm")
         if not policy.any_file_system and _file_system(fd) not in (TMPFS_MAGIC, HUGETLBFS_MAGIC):
-            raise _refuse(f"{where}: its file is neither on tmpfs (memfd) nor on hugetlbfs; "
-                          "use memory-backend-memfd,share=on")
+            raise _refuse(f"{where}: its file is neither on tmpfs (memfd) nor on hugetlbfs; {remedy}")
         if status.st_size < offset + size:
-            raise _refuse(f"{where}: its file has {status.st_size:#x} bytes, the region needs {offset + size:#x}")
+            raise _refuse(f"{where}: its file has {status.st_size:#x} bytes, the {noun} needs {offset + size:#x}")
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
             raise _refuse(f"{where}: its file is not open for reading and writing")
         hva, base, length = ffi.new("uint8_t **"), ffi.new("uint8_t **"), ffi.new("size_t *")
@@ -85,15 +85,24 @@ class Mapping:
             raise _refuse(f"{where}: cannot be mapped ({reason}{hint})")
         self._hva, self._base, self._length = hva[0], base[0], length[0]
 
-    def covers(self, gpa: int, uva: int, size: int) -> bool:
-        """Is this the region a front-end names so? (REM_MEM_REG compares these three.)"""
-        return (self.gpa, self.uva, self.size) == (gpa, uva, size)
-
     def close(self) -> None:
         """Unmap. No queue and no pump may use it any more."""
         if self._base is not None:
             lib.guestmem_unmap(self._base, self._length)
             self._base = None
+
+
+class Mapping(SharedFile):
+    """One region of guest memory: gpa and uva are where the guest and the front-end have it. Raises SetupError."""
+
+    def __init__(self, fd: int, gpa: int, uva: int, size: int, offset: int, owner, policy: Policy = DEFAULT_POLICY):
+        super().__init__(fd, size, offset, owner, policy, noun="region", where=f"memory region at {gpa:#x}",
+                         remedy="use memory-backend-memfd,share=on")
+        self.gpa, self.uva = gpa, uva
+
+    def covers(self, gpa: int, uva: int, size: int) -> bool:
+        """Is this the region a front-end names so? (REM_MEM_REG compares these three.)"""
+        return (self.gpa, self.uva, self.size) == (gpa, uva, size)
 
 
 class Owner:
