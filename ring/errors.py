@@ -30,7 +30,8 @@ class RingBroken(RingError):
 
 
 class MemoryGone(RingBroken):
-    """Guest memory vanished under us: its file was truncated, or its file system ran out of room."""
+    """Guest memory, or the dirty log, vanished under us: its file was truncated, or its file system ran out of
+    room."""
 
 
 class SetupError(RingError):
@@ -61,6 +62,7 @@ _TABLE = {
     "RING_E_HEAD_RANGE": (RingBroken, "the available ring names descriptor {at}, which is outside the table "
                                       "(virtio 2.7.6)"),
     "RING_E_MEMORY_GONE": (MemoryGone, "guest memory vanished: its file was truncated or its file system is full"),
+    "RING_E_LOG_GONE": (MemoryGone, "the dirty log vanished: its file was truncated or its file system is full"),
     "RING_E_ENDLESS": (RingBroken, "the chain at slot {at} goes once around the ring without an end (virtio 2.8.17)"),
     "RING_E_QUEUE_SIZE": (SetupError, "the queue size must be between 1 and 32768, and for a split ring a power of two "
                                       "(virtio 2.7, 2.8.10.1)"),

@@ -26,6 +26,7 @@ class LaneEvent(IntFlag):
     MEMORY_GONE = lib.LANE_MEMORY_GONE
     PORT_GONE = lib.LANE_PORT_GONE
     KICKED = lib.LANE_KICKED
+    LOG_GONE = lib.LANE_LOG_GONE
 
 
 @dataclass

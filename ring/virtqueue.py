@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from ring.build import ffi, lib
+from ring.dirty import DirtyLog
 from ring.errors import ChainError, QueueBusy, RingError, error
 from ring.guestmem import GuestMemory
 
@@ -86,7 +87,9 @@ class Chain:
 
     def write(self, data: bytes, offset: int = 0) -> int:
         """Write into the device-writable part from ``offset`` -> bytes that fitted. Raises MemoryGone."""
-        n = lib.pieces_write(self._pieces + self._c.readable, self._c.writable, offset, bytes(data), len(data))
+        pieces = self._pieces + self._c.readable
+        n = lib.pieces_write(pieces, self._c.writable, offset, bytes(data), len(data))
+        self._queue._mark(pieces, self._c.writable, offset, len(data))  # if it failed, some may be written
         if n < 0:
             raise error(n)
         return n
@@ -115,6 +118,7 @@ class VirtQueue:
         self.handle = lib.vq_new(memory.handle, config, status)
         if self.handle == ffi.NULL:
             raise error(status[0])
+        self._log: DirtyLog | None = None
         self._walking: Chain | None = None
         self._popped: deque = deque(maxlen=size)  # the C side of chains, for unpop
 
@@ -125,6 +129,7 @@ class VirtQueue:
         if self.handle != ffi.NULL:
             lib.vq_free(self.handle)
             self.handle = ffi.NULL
+            self._log = None
 
     def move(self, memory: GuestMemory) -> None:
         """Go on in another memory table. Raises SetupError, and the ring stays on the old one."""
@@ -136,6 +141,23 @@ class VirtQueue:
     def fail(self, reason: RingError) -> None:
         """Declare the ring broken for ``reason``, found outside it; its memory is not touched again."""
         lib.vq_fail(self._ours(), getattr(lib, reason.code))
+
+    def log(self, log: DirtyLog | None, *, used: int | None = None, buffers: bool = True) -> None:
+        """Mark in ``log`` from now on, or no more (None).
+
+        buffers: what is written to the guest's buffers (VHOST_F_LOG_ALL). used: what is written to the ring itself
+        (VHOST_VRING_F_LOG), the used ring as lying at this gpa (log_guest_addr); None: nothing of it. vhost-user,
+        section "Migration".
+        """
+        lib.vq_log(self._ours(), log.handle if log else ffi.NULL, buffers, used is not None, used or 0)
+        self._log = log
+
+    def _mark(self, pieces, count: int, offset: int, length: int) -> None:
+        """Some of these ``length`` bytes were written."""
+        if self._log is not None:
+            status = lib.vq_mark(self.handle, pieces, count, offset, length)
+            if status < 0:
+                raise error(status)
 
     def _ours(self):
         if self.lent:

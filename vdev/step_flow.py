@@ -182,7 +182,7 @@ class Direction(ABC):
         except MemoryGone as gone:
             self.due = False
             self.lane.memory_gone = True
-            self.lane.events |= LaneEvent.MEMORY_GONE
+            self.lane.events |= LaneEvent.LOG_GONE if gone.code == "RING_E_LOG_GONE" else LaneEvent.MEMORY_GONE
             self.queue.fail(gone)
             yield self.step(Phase.RING_BROKEN, reason=gone.code)
 

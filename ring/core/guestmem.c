@@ -56,6 +56,13 @@ static int by_gpa(const void *a, const void *b)
     return x->gpa < y->gpa ? -1 : x->gpa > y->gpa;
 }
 
+static int by_hva(const void *a, const void *b)
+{
+    const struct guest_region *x = a, *y = b;
+
+    return x->hva < y->hva ? -1 : x->hva > y->hva;
+}
+
 /* Does [start, start + size) leave the address space? */
 static bool wraps(uint64_t start, uint64_t size)
 {
@@ -64,7 +71,7 @@ static bool wraps(uint64_t start, uint64_t size)
 
 struct guestmem *guestmem_new(const struct guest_region *regions, uint32_t count, int32_t *owner, int *status)
 {
-    struct guestmem *mem = malloc(sizeof(*mem) + count * sizeof(*regions));
+    struct guestmem *mem = malloc(sizeof(*mem) + 2 * sizeof(*regions) * count);
 
     *status = RING_E_NOMEM;
     if (!mem)
@@ -72,7 +79,9 @@ struct guestmem *guestmem_new(const struct guest_region *regions, uint32_t count
     mem->owner = owner;
     mem->count = count;
     memcpy(mem->regions, regions, count * sizeof(*regions));
+    memcpy(mem->regions + count, regions, count * sizeof(*regions));
     qsort(mem->regions, count, sizeof(*regions), by_gpa);
+    qsort(mem->regions + count, count, sizeof(*regions), by_hva);
     *status = RING_E_REGION;
     for (uint32_t i = 0; i < count; i++) {
         const struct guest_region *r = &mem->regions[i];
@@ -110,6 +119,24 @@ uint8_t *guestmem_uva(const struct guestmem *mem, uint64_t uva, uint64_t len)
         const struct guest_region *r = &mem->regions[i];
         if (uva - r->uva < r->size)
             return len <= r->size - (uva - r->uva) ? r->hva + (uva - r->uva) : NULL;
+    }
+    return NULL;
+}
+
+const struct guest_region *guestmem_region_at(const struct guestmem *mem, const uint8_t *hva)
+{
+    const struct guest_region *sorted = mem->regions + mem->count;
+    uint32_t low = 0, high = mem->count;
+
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        const struct guest_region *r = &sorted[middle];
+        if (hva < r->hva)
+            high = middle;
+        else if ((uint64_t)(hva - r->hva) < r->size)
+            return r;
+        else
+            low = middle + 1;
     }
     return NULL;
 }

@@ -35,6 +35,7 @@ static inline void store16(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __A
 static inline void store16_release(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 static inline void store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline void or8_release(uint8_t *p, uint8_t v) { __atomic_fetch_or(p, v, __ATOMIC_RELEASE); }
 
 /* The one full barrier: orders our earlier stores before our later loads, which neither release nor
  * acquire does. ThreadSanitizer does not know fences, there a read-modify-write stands in; its cell is each
@@ -54,7 +55,7 @@ static inline void full_barrier(void)
 struct guestmem {
     int32_t *owner; /* the guard sets it to 1 when memory vanished */
     uint32_t count;
-    struct guest_region regions[]; /* sorted by gpa */
+    struct guest_region regions[]; /* [count] sorted by gpa, and again [count] sorted by hva */
 };
 
 /* The region that holds gpa, or NULL. `hint` remembers the last hit of the caller. */
@@ -79,6 +80,9 @@ static inline const struct guest_region *guestmem_find(const struct guestmem *me
     }
     return NULL;
 }
+
+/* The region that has `hva`, or NULL. */
+const struct guest_region *guestmem_region_at(const struct guestmem *mem, const uint8_t *hva);
 
 /* guestmem_pieces with a caller's hint; see ring.h. */
 static inline int guestmem_translate(const struct guestmem *mem, uint32_t *hint, uint64_t gpa, uint64_t len,
@@ -234,6 +238,7 @@ struct vq {
     bool indirect;
     bool event_idx;
     bool in_order;
+    bool log_buffers, log_ring; /* see vq_log; both false without a log */
 
     /* Our own view; guest memory is never read back for any of it. Split: free-running indices. Packed:
      * slots, each with its wrap counter. Volatile is not needed: after a fault the ring is broken for good. */
@@ -257,6 +262,10 @@ struct vq {
     struct walk walk;
     uint32_t table_limit;
     struct vring_desc *table; /* [table_limit]: private copy of an indirect table */
+
+    struct dirty_log *log;
+    uint64_t log_used; /* gpa as which the used ring, or the device event suppression structure, is marked */
+    uint64_t desc_gpa; /* of the descriptor table or ring */
 };
 
 static inline int vq_break(struct vq *q, int status, uint32_t at)
@@ -264,4 +273,39 @@ static inline int vq_break(struct vq *q, int status, uint32_t at)
     q->broken = status;
     q->broken_at = at;
     return status;
+}
+
+/* Memory vanished under a burst or a call: break the ring for it. What was written until then is not known, so all
+ * that may have been is marked: the device's half of the ring, and `written`. -> RING_E_MEMORY_GONE, or
+ * RING_E_LOG_GONE when it was the log's. */
+int vq_vanished(struct vq *q, const struct piece *written, uint32_t count);
+
+/* ------------------------------------------------------------------------------------ dirty log
+ *
+ * Marking what was written, after it was written; callers hold a guard. See dirty.c.
+ */
+void dirty_pieces(const struct vq *q, const struct piece *pieces, uint32_t count, uint64_t offset, uint64_t len);
+void dirty_used(const struct vq *q, const void *at, uint64_t len);
+void dirty_descriptors(const struct vq *q, const void *at, uint64_t len);
+
+/* We wrote to these bytes of pieces. */
+static inline void wrote_pieces(const struct vq *q, const struct piece *pieces, uint32_t count, uint64_t offset,
+                                uint64_t len)
+{
+    if (unlikely(q->log_buffers))
+        dirty_pieces(q, pieces, count, offset, len);
+}
+
+/* We wrote to the used ring, or to the device event suppression structure. */
+static inline void wrote_used(const struct vq *q, const void *at, uint64_t len)
+{
+    if (unlikely(q->log_ring))
+        dirty_used(q, at, len);
+}
+
+/* We wrote to the packed descriptor ring. */
+static inline void wrote_descriptors(const struct vq *q, const void *at, uint64_t len)
+{
+    if (unlikely(q->log_ring))
+        dirty_descriptors(q, at, len);
 }

@@ -174,6 +174,7 @@ static inline void packed_push(struct vq *q, uint32_t head, uint32_t slots, uint
         q->holding = true;
         q->held_flags = flags;
     }
+    wrote_descriptors(q, d, sizeof(*d));
     packed_advance(q, &q->next_used, &q->used_wrap, slots);
 }
 
@@ -190,6 +191,7 @@ static inline void packed_publish(struct vq *q)
     /* Release: everything else of the batch before these flags; pairs with the driver's barrier after
      * reading them. */
     store16_release(&q->packed[q->published].flags, q->held_flags);
+    wrote_descriptors(q, &q->packed[q->published], sizeof(*q->packed));
     q->holding = false;
     if (q->undecided <= q->size)
         q->undecided += q->next_used - q->published + (q->next_used > q->published ? 0 : q->size);
@@ -232,6 +234,7 @@ static inline int packed_arm(struct vq *q)
         store32(&q->device_event->both, q->known | (q->known_wrap ? 0x8000u : 0) | (uint32_t)PACKED_EVENT_DESC << 16);
     else
         store16(&q->device_event->flags, PACKED_EVENT_ENABLE);
+    wrote_used(q, q->device_event, sizeof(*q->device_event));
     q->kicks_wanted = true;
     /* Full: the wish before the look; see split_arm. */
     full_barrier();
@@ -241,7 +244,9 @@ static inline int packed_arm(struct vq *q)
 static inline void packed_disarm(struct vq *q)
 {
     /* With EVENT_IDX the stale offset is the suppression, as on a split ring. */
-    if (!q->event_idx && q->kicks_wanted)
+    if (!q->event_idx && q->kicks_wanted) {
         store16(&q->device_event->flags, PACKED_EVENT_DISABLE);
+        wrote_used(q, q->device_event, sizeof(*q->device_event));
+    }
     q->kicks_wanted = false;
 }

@@ -37,6 +37,7 @@ enum ring_status {
     RING_E_HEAD_RANGE = -33,      /* an available entry names a descriptor outside the table */
     RING_E_MEMORY_GONE = -34,     /* the memory under the ring or a buffer vanished (SIGBUS) */
     RING_E_ENDLESS = -35,         /* packed: a chain goes once around the ring without an end */
+    RING_E_LOG_GONE = -36,        /* the memory of the dirty log vanished (SIGBUS) */
 
     /* A request of our own control plane that cannot be met. */
     RING_E_QUEUE_SIZE = -64,      /* zero, above 32768, or (split) not a power of two */
@@ -177,8 +178,32 @@ int vq_move(struct vq *q, const struct guestmem *mem);
 /* Declare the ring broken for a reason found outside it (a RING_E_* code): nothing touches its memory again. */
 void vq_fail(struct vq *q, int status);
 
-/* The verbs, one visible phase each. All may answer RING_E_MEMORY_GONE; a broken ring answers the code
- * that broke it.
+/* ------------------------------------------------------------------------------------ dirty log */
+
+/* Guest memory one bit of the log stands for, in bytes (vhost-user: VHOST_LOG_PAGE). */
+#define DIRTY_PAGE 4096
+
+/* Which pages the device has changed: one bit each, page p in bit p % 8 of byte p / 8, in memory shared with the
+ * front-end, which clears bits as it likes. dirty.c tells the rules. One log may serve many queues and threads. */
+struct dirty_log {
+    uint8_t *bits;      /* those of gpa 0 come first */
+    uint64_t size;      /* bytes */
+    uint64_t skipped;   /* how often a page was to be marked that lies beyond the log */
+    int32_t *owner;     /* the guard sets it to 1 when the log's memory vanished */
+};
+
+/* What a queue marks from now on; not while it is lent to a pump. NULL: nothing.
+ * buffers     the device-writable buffers it writes (VHOST_F_LOG_ALL)
+ * ring        what it writes of the ring itself (VHOST_VRING_F_LOG): the used ring, and the device event
+ *             suppression structure of a packed ring, as lying at gpa `used`, wherever that is (log_guest_addr);
+ *             a packed ring's used descriptors where they are */
+void vq_log(struct vq *q, struct dirty_log *log, int32_t buffers, int32_t ring, uint64_t used);
+/* Mark `len` bytes from `offset` bytes into these device-writable pieces, if the queue logs its buffers: after
+ * pieces_write, even after one that failed. -> RING_OK or RING_E_LOG_GONE */
+int vq_mark(const struct vq *q, const struct piece *pieces, uint32_t count, uint64_t offset, uint64_t len);
+
+/* The verbs, one visible phase each. All may answer RING_E_MEMORY_GONE, those that write RING_E_LOG_GONE too; a
+ * broken ring answers the code that broke it.
  *
  * vq_see      look whether the driver has made chains available. -> how many as far as one look tells: all of
  *             them (split: avail.idx is read once), 1 (packed: the next descriptor's flags), 0: none;

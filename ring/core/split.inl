@@ -133,6 +133,7 @@ static inline void split_push(struct vq *q, uint32_t head, uint32_t slots, uint3
 
     store32(&e->id, head);
     store32(&e->len, written);
+    wrote_used(q, e, sizeof(*e));
     q->next_used = (uint16_t)(q->next_used + slots);
 }
 
@@ -149,6 +150,7 @@ static inline void split_publish(struct vq *q)
         return;
     /* Release: elements and buffer contents before idx; pairs with the driver's barrier after reading it. */
     store16_release(&q->used->idx, q->next_used);
+    wrote_used(q, &q->used->idx, sizeof(q->used->idx));
     q->published = q->next_used;
 }
 
@@ -178,11 +180,10 @@ static inline int split_arm(struct vq *q)
     /* avail_seen, not next_avail: the driver does not kick again for chains it has already announced, so
      * asking from one that was popped and given back would ask for nothing (2.7.10). */
     uint16_t known = q->avail_seen;
+    uint16_t *wish = q->event_idx ? split_avail_event(q) : &q->used->flags;
 
-    if (q->event_idx)
-        store16(split_avail_event(q), known);
-    else
-        store16(&q->used->flags, 0);
+    store16(wish, q->event_idx ? known : 0);
+    wrote_used(q, wish, sizeof(*wish));
     q->kicks_wanted = true;
     /* Full: the wish before the look. The driver stores avail.idx, barrier, loads avail_event or flags:
      * either it kicks, or we see its chain here. */
@@ -194,7 +195,9 @@ static inline int split_arm(struct vq *q)
 static inline void split_disarm(struct vq *q)
 {
     /* With EVENT_IDX the stale avail_event is the suppression; flags must stay 0 there (2.7.10). */
-    if (!q->event_idx && q->kicks_wanted)
+    if (!q->event_idx && q->kicks_wanted) {
         store16(&q->used->flags, USED_F_NO_NOTIFY);
+        wrote_used(q, &q->used->flags, sizeof(q->used->flags));
+    }
     q->kicks_wanted = false;
 }

@@ -9,7 +9,7 @@
         if ((q)->broken)                                 \
             return (q)->broken;                          \
         if (guard_enter())                               \
-            return vq_break((q), RING_E_MEMORY_GONE, 0); \
+            return vq_vanished((q), NULL, 0);            \
     } while (0)
 
 /* The verb of the ring's format, and the end of the guard. */
@@ -118,7 +118,7 @@ int vq_conclude(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots)
         q->broken != RING_E_ENDLESS)
         return q->broken;
     if (guard_enter())
-        return vq_break(q, RING_E_MEMORY_GONE, 0);
+        return vq_vanished(q, NULL, 0);
     int reason = conclude(q, head, chains, slots);
     guard_leave();
     return reason;

@@ -58,6 +58,8 @@ static void adopt(struct vq *q, const struct guestmem *mem, const struct parts *
     q->desc = (void *)parts->desc; /* or the packed parts: the same three pointers */
     q->avail = (void *)parts->avail;
     q->used = (void *)parts->used;
+    const struct guest_region *r = guestmem_region_at(mem, parts->desc); /* there is one: see resolve */
+    q->desc_gpa = r->gpa + (uint64_t)(parts->desc - r->hva);
     q->region_hint = 0;
 }
 

@@ -63,7 +63,8 @@ enum lane_event {
     LANE_TO_GUEST_BROKEN = 2,
     LANE_MEMORY_GONE = 4,       /* guest memory vanished: the device must be closed */
     LANE_PORT_GONE = 8,
-    LANE_KICKED = 16            /* a kick came while watch_kicks was set */
+    LANE_KICKED = 16,           /* a kick came while watch_kicks was set */
+    LANE_LOG_GONE = 32          /* the dirty log vanished: the device must be closed */
 };
 
 struct flow_config {

@@ -23,13 +23,17 @@ static const struct directions *directions_of(const struct vq *q)
     return q->is_packed ? &packed_directions : &split_directions;
 }
 
-static void after(struct lane *l, struct vq *q)
+/* `written`: how many of the lane's pieces may name buffers that were written. */
+static void after(struct lane *l, struct vq *q, uint32_t written)
 {
     if (!l->memory_gone)
         return;
-    __atomic_store_n(q->mem->owner, 1, __ATOMIC_RELAXED);
-    vq_break(q, RING_E_MEMORY_GONE, 0);
-    lane_event(l, LANE_MEMORY_GONE);
+    if (vq_vanished(q, l->pieces, written) == RING_E_LOG_GONE) {
+        lane_event(l, LANE_LOG_GONE);
+    } else {
+        __atomic_store_n(q->mem->owner, 1, __ATOMIC_RELAXED);
+        lane_event(l, LANE_MEMORY_GONE);
+    }
     l->work = 0;
 }
 
@@ -43,7 +47,7 @@ void serve_from_guest(struct lane *l)
     }
     l->stats.from_guest.bursts++;
     guarded(l, directions_of(flow->queue)->from_guest);
-    after(l, flow->queue);
+    after(l, flow->queue, 0);
 }
 
 void serve_to_guest(struct lane *l)
@@ -56,5 +60,5 @@ void serve_to_guest(struct lane *l)
     }
     l->stats.to_guest.bursts++;
     guarded(l, directions_of(flow->queue)->to_guest);
-    after(l, flow->queue);
+    after(l, flow->queue, sizeof(l->pieces) / sizeof(*l->pieces));
 }

@@ -97,6 +97,7 @@ static void complete(struct lane *l, struct vq *q, struct intake *in, struct net
     RING(unpop)(q, in->slots - slots);
     header->num_buffers = (uint16_t)used;
     pieces_copy(l->pieces + 1, in->pieces, 0, (uint8_t *)header, NET_HEADER, true);
+    wrote_pieces(q, l->pieces + 1, in->pieces, 0, NET_HEADER);
     for (uint32_t i = 0; i < used; i++)
         RING(push)(q, l->filled[i].head, l->filled[i].slots, l->filled[i].written);
     stats->frames++;
@@ -125,6 +126,7 @@ static enum received place_from_room(struct lane *l, struct vq *q, const struct 
         return count_drop(&l->stats.to_guest, DROP_BAD_CHAIN), STOP;
     if (in.capacity >= wanted) {
         pieces_copy(l->pieces + 1, in.pieces, NET_HEADER, l->room, length, true);
+        wrote_pieces(q, l->pieces + 1, in.pieces, NET_HEADER, length);
         complete(l, q, &in, &mine, length);
         return RECEIVED;
     }
@@ -206,6 +208,8 @@ static enum received receive_frame(struct lane *l, struct vq *q)
         *from = before;
     for (uint32_t i = 0; i < first + (skip ? 1 : 0); i++)
         pieces[i] = saved[i];
+    if (got > (ssize_t)l->config.port_header) /* by the kernel, and whatever becomes of the frame */
+        wrote_pieces(q, pieces, in.pieces, NET_HEADER, (uint64_t)got - l->config.port_header);
 
     if (got < (ssize_t)(l->config.port_header + ETHERNET_HEADER)) {
         give_back(q, &in);
