@@ -21,10 +21,10 @@ if not sources.compiled(RING):
     pytest.skip("no C sources here: the package is installed, not checked out", allow_module_level=True)
 
 PROGRAMS = {
-    GCC: ("guestmem", "mutate", "pump", "rings"),
-    CLANG: ("guestmem", "mutate", "pump", "rings"),
-    THREADS: ("pump",),
-    FAST: ("litmus",),
+    GCC: ("dirty", "guestmem", "mutate", "pump", "rings"),
+    CLANG: ("dirty", "guestmem", "mutate", "pump", "rings"),
+    THREADS: ("dirty", "pump"),
+    FAST: ("dirty", "litmus"),
 }
 
 

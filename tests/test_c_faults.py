@@ -77,3 +77,29 @@ MISSING = {
 def test_missing_check_is_found(builder: Builder, missing: str, program: str, name: str) -> None:
     done = builder.run(GCC, program, name, fault=MISSING[missing])
     assert found_fault(done), f"ended with {done.returncode}\n{done.stdout}{done.stderr}"
+
+
+MARK = "or8_release(&log->bits[byte], (uint8_t)(((1u << count) - 1) << from));"
+
+
+def marking(faulty: str) -> Fault:
+    """``faulty`` sets the bits ``bits`` of the byte ``to``."""
+    return Fault("core/dirty.c", "mark", MARK, "uint8_t *to = &log->bits[byte], bits = (uint8_t)(((1u << count) - 1) "
+                                               f"<< from); {faulty}")
+
+
+@pytest.mark.parametrize("program, faulty", [
+    ("VU_LOG_B_06_bit_comes_after_the_data", "__atomic_fetch_or(to, bits, __ATOMIC_RELAXED);"),
+    ("VU_LOG_B_06_two_threads_share_a_byte", "*to = (uint8_t)(*to | bits);"),
+], ids=["unordered", "not_atomic"])
+def test_VU_LOG_B_06_careless_mark_is_a_data_race(builder: Builder, program: str, faulty: str) -> None:
+    done = builder.run(THREADS, "dirty", program, fault=marking(faulty))
+    assert found_fault(done) and "ThreadSanitizer: data race" in done.stderr
+
+
+def test_VU_LOG_B_06_mark_is_lost_if_the_bit_is_looked_at_first(builder: Builder) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("only one processor: two threads never run at once")
+    looks = marking("if ((__atomic_load_n(to, __ATOMIC_RELAXED) & bits) != bits) or8_release(to, bits);")
+    done = builder.run(FAST, "dirty", "VU_LOG_B_06_no_mark_is_lost", 50_000_000, fault=looks, seconds=280)
+    assert done.returncode == 1 and "copy is " in done.stderr

@@ -15,6 +15,7 @@
 #include "../../ring/core/driver.c"
 
 #include "load.h"
+#include "threads.h"
 
 #define ROUNDS 250000
 #define SPINS_BEFORE_YIELD 2000
@@ -35,20 +36,6 @@ static void meet(uint32_t meeting)
     for (uint32_t spins = 0; (int32_t)(__atomic_load_n(&arrived, __ATOMIC_ACQUIRE) - 2 * meeting) < 0; spins++)
         if (spins % SPINS_BEFORE_YIELD == SPINS_BEFORE_YIELD - 1)
             sched_yield();
-}
-
-/* Run this thread on the n-th processor of those it may use: two on one processor would only take turns. */
-static void settle(int n)
-{
-    cpu_set_t all, one;
-
-    CHECK_EQ(sched_getaffinity(0, sizeof(all), &all), 0);
-    CHECK(n < CPU_COUNT(&all));
-    CPU_ZERO(&one);
-    for (size_t cpu = 0; CPU_COUNT(&one) == 0; cpu++)
-        if (CPU_ISSET(cpu, &all) && n-- == 0)
-            CPU_SET(cpu, &one);
-    CHECK_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
 }
 
 /* Go a little ahead of the other thread or behind it, differently in each round; and wait as long as that is what
