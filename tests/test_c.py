@@ -2,7 +2,8 @@
 
 AddressSanitizer and UndefinedBehaviorSanitizer with both compilers, all warnings being errors; the pump against the
 load generator under ThreadSanitizer, which knows the order that two threads may rely on; the races of notification
-(litmus) compiled as the product is. That these programs find what they are there to find: test_c_faults.py.
+(litmus) compiled as the product is; every small ring (enumerate), with --long a larger one. That these programs find
+what they are there to find: test_c_faults.py.
 """
 
 import os
@@ -21,7 +22,7 @@ if not sources.compiled(RING):
     pytest.skip("no C sources here: the package is installed, not checked out", allow_module_level=True)
 
 PROGRAMS = {
-    GCC: ("dirty", "guestmem", "mutate", "pump", "rings"),
+    GCC: ("dirty", "enumerate", "guestmem", "mutate", "pump", "rings"),
     CLANG: ("dirty", "guestmem", "mutate", "pump", "rings"),
     THREADS: ("dirty", "pump"),
     FAST: ("dirty", "litmus"),
@@ -74,4 +75,14 @@ def test_litmus_long(builder: Builder, name: str) -> None:
     """A hundred million rounds, in all."""
     skip_on_one_processor()
     done = builder.run(FAST, "litmus", name, 25_000_000, seconds=5300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("name", names_in(HERE / "enumerate.c"))
+def test_enumerate_long(builder: Builder, name: str) -> None:
+    """Rings of 4 descriptors, all of which may be one chain."""
+    done = builder.run(FAST, "enumerate", name, 4, seconds=1400)
+    print(done.stdout, end="")
     assert done.returncode == 0, done.stdout + done.stderr

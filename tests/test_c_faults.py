@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ring import sources
-from vdev.testing.cprograms import FAST, GCC, THREADS, Builder, Fault, found_fault
+from vdev.testing.cprograms import FAST, GCC, THREADS, Builder, Fault, found_fault, names_in
 
 HERE = Path(__file__).resolve().parent / "c"
 RING = HERE.parent.parent / "ring"
@@ -103,3 +103,42 @@ def test_VU_LOG_B_06_mark_is_lost_if_the_bit_is_looked_at_first(builder: Builder
     looks = marking("if ((__atomic_load_n(to, __ATOMIC_RELAXED) & bits) != bits) or8_release(to, bits);")
     done = builder.run(FAST, "dirty", "VU_LOG_B_06_no_mark_is_lost", 50_000_000, fault=looks, seconds=280)
     assert done.returncode == 1 and "copy is " in done.stderr
+
+
+# Every rule of the walkers, and what a sanitizer would not see: none of it may go unnoticed.
+UNLAWFUL = [
+    Fault("core/internal.h", "guestmem_translate", "return RING_E_UNMAPPED", "r = mem->regions"),
+    Fault("core/internal.h", "guestmem_translate", "n == max", "n > max"),
+    Fault("core/internal.h", "guestmem_translate", "len -= part", "len = 0"),
+    Fault("core/internal.h", "guestmem_find", "likely(gpa - r->gpa < r->size)", "likely(gpa >= r->gpa)"),
+    Fault("core/walk.inl", "walk_buffer", "q->walk.writable_seen = true", "(void)0"),
+    Fault("core/walk.inl", "walk_buffer", "> UINT32_MAX", "> UINT64_MAX - 1"),
+    Fault("core/walk.inl", "walk_enter", "entries == 0 || ", ""),
+    Fault("core/walk.inl", "walk_enter", "len % sizeof(struct vring_desc) || ", ""),
+    Fault("core/walk.inl", "walk_enter", " || entries > q->table_limit", ""),
+    Fault("core/walk.inl", "walk_enter", "!r", "0"),
+    Fault("core/split.inl", "split_see", "ahead > q->size", "0"),
+    Fault("core/split.inl", "split_take", "head >= q->size", "0"),
+    Fault("core/split.inl", "split_walk", "w->steps_left == 0", "w->steps_left + 1 == 0"),
+    Fault("core/split.inl", "split_walk", "d.next >= w->entries", "d.next >= q->size"),
+    Fault("core/split.inl", "split_enter_indirect", "!q->indirect", "0"),
+    Fault("core/split.inl", "split_enter_indirect", "q->walk.indirect", "0"),
+    Fault("core/split.inl", "split_enter_indirect", "d->flags & DESC_F_NEXT", "0"),
+    Fault("core/packed.inl", "packed_is_available", " && !!(flags & PACKED_F_USED) != wrap", ""),
+    Fault("core/packed.inl", "packed_next", "c->slots == q->size", "c->slots > q->size"),
+    Fault("core/packed.inl", "packed_advance", "*wrap ^= next / q->size & 1;", ""),
+    Fault("core/packed.inl", "packed_bad", "goes_on ?", "0 ?"),
+    Fault("core/packed.inl", "packed_walk", "d.flags & DESC_F_NEXT || c->slots > 1", "0"),
+    Fault("core/packed.inl", "packed_walk", "++w->next == w->entries", "++w->next >= w->entries - 1"),
+]
+
+
+@pytest.mark.parametrize("fault", UNLAWFUL, ids=lambda fault: f"{fault.function}-{fault.healthy[:24]}")
+def test_missing_rule_shows_in_some_small_ring(builder: Builder, fault: Fault) -> None:
+    """In the format that the rule is about; where it is about both, in each."""
+    formats = [name for name in names_in(HERE / "enumerate.c") if Path(fault.file).stem in name] \
+        or names_in(HERE / "enumerate.c")
+    for name in formats:
+        done = builder.run(GCC, "enumerate", name, fault=fault)
+        assert done.returncode == 1 and "enumerate.c:" in done.stderr or found_fault(done), \
+            f"{name} ended with {done.returncode}\n{done.stdout}{done.stderr[-2000:]}"

@@ -5,6 +5,8 @@
  *
  * vdev/testing/cprograms.py finds the tests by their TEST lines; each is run in a process of its own. NUMBER is
  * for a test that takes one: how long to go on.
+ *
+ * A program with a main of its own (tests/fuzz) defines CHECKS_ONLY first.
  */
 #pragma once
 
@@ -12,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef CHECKS_ONLY
 struct test {
     const char *name;
     void (*run)(void);
@@ -29,6 +32,7 @@ static unsigned long long number; /* 0: none was given */
         tests = &self;                                                        \
     }                                                                         \
     static void test_##name(void)
+#endif
 
 #define CHECK(condition)                                                      \
     do {                                                                      \
@@ -48,6 +52,7 @@ static unsigned long long number; /* 0: none was given */
         }                                                                                         \
     } while (0)
 
+#ifndef CHECKS_ONLY
 int main(int argc, char **argv)
 {
     if (argc > 2)
@@ -61,3 +66,4 @@ int main(int argc, char **argv)
         puts(t->name);
     return 2;
 }
+#endif

@@ -1,4 +1,4 @@
-"""The C programs that test the C core: built with the core's own sources, under sanitizers, and run.
+"""The C programs that test the C core, fuzzers too: built with the core's own sources, under sanitizers, and run.
 
 A Flavour is a compiler with its sanitizers. A Fault is a mistake put into a copy of the sources: a program that is
 there to find such a mistake is shown to find it.
@@ -54,6 +54,10 @@ GCC = Flavour("gcc", "gcc", "address,undefined")
 CLANG = Flavour("clang", "clang", "address,undefined")
 THREADS = Flavour("gcc_threads", "gcc", "thread")
 FAST = Flavour("gcc_fast", "gcc", "")
+FUZZER = Flavour("clang_fuzzer", "clang", "fuzzer,address,undefined")
+# The least that each of them makes a program of, and what ends it at once.
+_TRIAL = "int main(void) { return 0; }"
+_TRIAL_FUZZER = "int LLVMFuzzerTestOneInput(const void *data, unsigned long size) { return (void)data, (void)size, 0; }"
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,15 @@ def found_fault(done: subprocess.CompletedProcess[str]) -> bool:
 
 class Builder:
     """Builds programs of ``programs``, a folder beside ring/, in ``folder``: each source once a flavour and fault.
+    The folders ``included`` hold what these programs include beside ring/ and their own.
 
     Where a compiler or a sanitizer's library is missing, the test that asks is skipped and told which; where
     something does not compile, the test fails.
     """
 
-    def __init__(self, programs: Path, ring: Path, folder: Path) -> None:
+    def __init__(self, programs: Path, ring: Path, folder: Path, included: tuple[Path, ...] = ()) -> None:
         self._programs = programs
+        self._included = included
         self._ring = ring
         self._folder = folder
         self._made: dict[tuple[Flavour, str, Fault | None], Path] = {}
@@ -120,7 +126,7 @@ class Builder:
 
     def run(self, flavour: Flavour, program: str, name: str, *arguments: object, fault: Fault | None = None,
             seconds: float = 100) -> subprocess.CompletedProcess[str]:
-        """Run the test ``name`` of a program. Raises TimeoutExpired."""
+        """Run the test ``name`` of a program; of a fuzzer ``name`` is its first argument. Raises TimeoutExpired."""
         built = self.program(flavour, program, fault)
         return subprocess.run([*_launcher(flavour), str(built), name, *map(str, arguments)], capture_output=True,
                               text=True, timeout=seconds, env=os.environ | _ENVIRONMENT, check=False)
@@ -130,7 +136,9 @@ class Builder:
         if fault not in self._trees:
             faulty = fault.applied_to((self._ring / fault.file).read_text())
             root = self._folder / f"fault-{len(self._trees)}"
-            programs = shutil.copytree(self._programs, root / self._programs.relative_to(self._ring.parent))
+            for copied in (self._programs, *self._included):
+                shutil.copytree(copied, root / copied.relative_to(self._ring.parent))
+            programs = root / self._programs.relative_to(self._ring.parent)
             ring = shutil.copytree(self._ring, root / "ring",
                                    ignore=shutil.ignore_patterns("*.py", "*.so", "__pycache__"))
             (ring / fault.file).write_text(faulty)
@@ -163,11 +171,13 @@ def _why_unusable(flavour: Flavour, folder: Path) -> str:
     if not shutil.which(flavour.compiler):
         return f"no {flavour.compiler} on this machine: apt install {flavour.compiler}"
     trial = folder / f"{flavour.name}-trial"
-    built = subprocess.run([*flavour.options, "-xc", "-", "-o", str(trial)], input="int main(void) { return 0; }",
+    source, arguments = (_TRIAL_FUZZER, ["-runs=1"]) if "fuzzer" in flavour.sanitizers else (_TRIAL, [])
+    built = subprocess.run([*flavour.options, "-xc", "-", "-o", str(trial)], input=source,
                            capture_output=True, text=True, check=False)
     if built.returncode:
         return f"{flavour.compiler} lacks the runtime of -fsanitize={flavour.sanitizers} (Debian: libclang-rt-dev)"
-    ran = subprocess.run([*_launcher(flavour), str(trial)], capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run([*_launcher(flavour), str(trial), *arguments], capture_output=True, text=True, timeout=60,
+                         check=False)
     if ran.returncode:
         return f"-fsanitize={flavour.sanitizers} does not run here: {ran.stderr.strip().splitlines()[-1:]}"
     return ""
