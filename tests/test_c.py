@@ -2,7 +2,7 @@
 
 AddressSanitizer and UndefinedBehaviorSanitizer with both compilers, all warnings being errors; the pump against the
 load generator under ThreadSanitizer, which knows the order that two threads may rely on; the races of notification
-(litmus) compiled as the product is; every small ring (enumerate), with --long a larger one. That these programs find
+(litmus) compiled as the product is; every small ring (enumerate), with --long larger ones. That these programs find
 what they are there to find: test_c_faults.py.
 """
 
