@@ -126,8 +126,8 @@ UNLAWFUL = [
     Fault("core/split.inl", "split_enter_indirect", "d->flags & DESC_F_NEXT", "0"),
     Fault("core/packed.inl", "packed_is_available", " && !!(flags & PACKED_F_USED) != wrap", ""),
     Fault("core/packed.inl", "packed_next", "c->slots == q->size", "c->slots > q->size"),
-    Fault("core/packed.inl", "packed_advance", "*wrap ^= next / q->size & 1;", ""),
-    Fault("core/packed.inl", "packed_bad", "goes_on ?", "0 ?"),
+    Fault("core/packed.inl", "packed_advance", "*wrap ^= next / q->size & 1", "*wrap ^= 0 * next"),
+    Fault("core/packed.inl", "packed_bad", "goes_on ?", "goes_on && at ?"),
     Fault("core/packed.inl", "packed_walk", "d.flags & DESC_F_NEXT || c->slots > 1", "0"),
     Fault("core/packed.inl", "packed_walk", "++w->next == w->entries", "++w->next >= w->entries - 1"),
 ]

@@ -34,8 +34,8 @@ def corpus(fuzzer: str) -> list[Path]:
 
 
 def fuzz(builder: Builder, fuzzer: str, folder: Path, seconds: int, fault: Fault | None = None) -> tuple[int, str]:
-    """Look for inputs from a copy of the corpus on, in ``folder``. -> its status, and what it
-    printed with the input that ended it, in hex."""
+    """Look for inputs from a copy of the corpus on, in ``folder``. -> (status, output); the
+    output ends with what ended the fuzzer, in hex."""
     inputs = shutil.copytree(HERE / "corpus" / fuzzer, folder / "inputs")
     found = folder / "found-"
     done = builder.run(FUZZER, fuzzer, f"-max_total_time={seconds}", f"-max_len={BYTES_MAX}", "-timeout=30",
@@ -79,7 +79,7 @@ def test_fuzzing_finds_nothing(builder: Builder, fuzzer: str, tmp_path: Path) ->
     ("events", Fault("core/split.inl", "split_decide", "< (uint16_t)(now - before)", "<= (uint16_t)(now - before)")),
     ("events", Fault("core/packed.inl", "packed_decide", "!= q->published_wrap", "== q->published_wrap")),
     ("events", Fault("core/split.inl", "split_arm", "known = q->avail_seen", "known = q->next_avail")),
-    ("memory_table", Fault("core/guestmem.c", "wraps", "start > UINT64_MAX - size", "start + size < start")),
+    ("memory_table", Fault("core/guestmem.c", "wraps", "UINT64_MAX - size", "UINT64_MAX - (size - 1)")),
     ("memory_table", Fault("core/guestmem.c", "guestmem_uva", "len <= r->size - (uva - r->uva)", "len <= r->size")),
     ("memory_table", Fault("core/internal.h", "guestmem_find", "middle + 1", "middle + 2")),
 ], ids=lambda value: value if isinstance(value, str) else value.function)
