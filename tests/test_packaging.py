@@ -22,7 +22,7 @@ LEFTOVERS = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info
                                    "_core.c", "_driver.c", ".*_cache", ".hypothesis")
 # These ask about the source tree, or are a stage of their own; an installed vdev is tested by all the others.
 ABOUT_THE_TREE = ("test_packaging.py", "test_house.py", "test_docs.py", "test_c.py", "test_c_faults.py",
-                  "test_fuzz.py", "test_ring_memory_order.py", "test_tools_*.py", "system", "interop")
+                  "test_fuzz.py", "test_proofs.py", "test_ring_memory_order.py", "test_tools_*.py", "system", "interop")
 
 pytestmark = pytest.mark.timeout(600)
 

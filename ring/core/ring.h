@@ -30,7 +30,7 @@ enum ring_status {
     RING_E_INDIRECT_NESTED = -7,  /* INDIRECT inside an indirect table */
     RING_E_INDIRECT_LENGTH = -8,  /* table length zero, not a multiple of 16, or beyond the limit */
     RING_E_UNMAPPED = -9,         /* a buffer (or indirect table) outside guest memory */
-    RING_E_LENGTH = -10,          /* the chain's lengths add up to more than 4 GiB */
+    RING_E_LENGTH = -10,          /* the chain's lengths add up to 4 GiB or more */
 
     /* The ring itself has lost its meaning: it stops until the front-end sets it up again. */
     RING_E_AVAIL_AHEAD = -32,     /* available index ahead by more than the queue size */
