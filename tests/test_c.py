@@ -22,10 +22,10 @@ if not sources.compiled(RING):
     pytest.skip("no C sources here: the package is installed, not checked out", allow_module_level=True)
 
 PROGRAMS = {
-    GCC: ("dirty", "enumerate", "guestmem", "mutate", "pump", "rings"),
+    GCC: ("arithmetic", "dirty", "enumerate", "guestmem", "mutate", "pump", "rings"),
     CLANG: ("dirty", "guestmem", "mutate", "pump", "rings"),
     THREADS: ("dirty", "pump"),
-    FAST: ("dirty", "litmus"),
+    FAST: ("arithmetic", "dirty", "litmus"),
 }
 
 

@@ -142,3 +142,25 @@ def test_missing_rule_shows_in_some_small_ring(builder: Builder, fault: Fault) -
         done = builder.run(GCC, "enumerate", name, fault=fault)
         assert done.returncode == 1 and "enumerate.c:" in done.stderr or found_fault(done), \
             f"{name} ended with {done.returncode}\n{done.stdout}{done.stderr[-2000:]}"
+
+
+# Calculations whose mistakes no small ring shows.
+MISCALCULATED = {
+    "many_slots_on_and_back_are_as_many_times_one": Fault(
+        "core/packed.inl", "packed_unpop", "2 * q->size - slots", "2 * q->size - 1 - slots"),
+    "one_slot_on_in_a_packed_ring_of_every_size": Fault(
+        "core/packed.inl", "packed_advance", "uint32_t next = *slot + by", "uint32_t next = (*slot + by) & 0x7fff"),
+    "packed_bases": Fault("core/virtqueue.c", "start_at", "(used & 0x7fff) >= q->size", "(used & 0x7fff) > q->size"),
+    "split_bases": Fault("core/virtqueue.c", "start_at", "load16(&q->used->idx)", "q->next_avail"),
+    "split_event_index": Fault(
+        "core/split.inl", "split_decide", "(uint16_t)(now - event - 1) <", "(now - event - 1) <"),
+    "packed_event_positions": Fault(
+        "core/packed.inl", "packed_decide", "off = (uint16_t)(off - q->size)", "off = (uint16_t)(off + q->size)"),
+    "packed_event_structures": Fault("core/packed.inl", "packed_decide", " & PACKED_EVENT_MASK", " & 7"),
+}
+
+
+@pytest.mark.parametrize("name", MISCALCULATED)
+def test_miscalculation_is_found(builder: Builder, name: str) -> None:
+    done = builder.run(FAST, "arithmetic", name, fault=MISCALCULATED[name])
+    assert done.returncode == 1 and "arithmetic.c:" in done.stderr, f"{done.returncode}\n{done.stdout}{done.stderr}"

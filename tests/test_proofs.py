@@ -27,7 +27,8 @@ pytestmark = pytest.mark.timeout(900)
 # Their answers are kept apart, as those of functions declared inline are: a status is then still known to belong
 # to the state that it came with.
 INLINED = ("@inline", "vq_walk", "packed_skip", "vq_see", "vq_take", "vq_arm", "vq_decide", "vq_publish", "vq_new",
-           "start_at", "resolve", "vq_move", "guestmem_new", "guestmem_region_at", "mark")
+           "start_at", "resolve", "vq_move", "guestmem_new", "guestmem_region_at", "guestmem_uva",
+           "mark")
 EVA = ("-c11", "-machdep", "gcc_x86_64", "-inline-calls", ",".join(INLINED), "-eva", "-eva-slevel", "2000",
        "-eva-auto-loop-unroll", "100", "-eva-alloc-builtin", "fresh", "-eva-msg-key=-initial-state,-final-states")
 # Relations between two integers: that what is left of a length is the length less a part. They cost time.
@@ -110,6 +111,8 @@ MISTAKES = {
         "core/guestmem.c", "guestmem_uva", "len <= r->size - (uva - r->uva)", "len <= r->size")),
     # setup.c
     "ring_part_nowhere": ("setup", Fault("core/virtqueue.c", "resolve", " || !out->used", "")),
+    "event_field_forgotten": ("setup", Fault(
+        "core/virtqueue.c", "part_bytes", "2 * (uint64_t)size + 2", "2 * (uint64_t)size")),
     "ring_of_any_size": ("setup", Fault("core/virtqueue.c", "resolve", "c->size > RING_QUEUE_SIZE_MAX", "0")),
     # walk_split.c
     "next_beyond_the_table": ("walk_split", Fault("core/split.inl", "split_walk", "d.next >= w->entries", "0")),

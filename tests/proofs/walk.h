@@ -2,8 +2,8 @@
  * One step of a walk, from any state a walk can be in to whatever the driver says next.
  *
  * That one step is safe, and leads to a state a walk can be in, proves walks of any length (induction). The first
- * state is vq_take's, shown in verbs_split.c and verbs_packed.c. What a step does with an address and a length is shown in memory.c for all of
- * them; here a few stand for the rest.
+ * state is vq_take's, shown in verbs_split.c and verbs_packed.c. What a step does with an address and a length is
+ * shown in memory.c for all of them; here a few stand for the rest.
  */
 #pragma once
 
@@ -15,7 +15,9 @@ static const uint64_t addresses[] = {
 #define ADDRESSES (sizeof(addresses) / sizeof(*addresses))
 
 /* Lengths: none, less than a table's entry, one, two, not a multiple of one, and what no table or memory here holds. */
-static const struct { uint32_t low, high; } lengths[] = {{0, 0}, {7, 7}, {16, 16}, {32, 32}, {33, 33}, {48, UINT32_MAX}};
+static const struct { uint32_t low, high; } lengths[] = {
+    {0, 0}, {7, 7}, {16, 16}, {32, 32}, {33, 33}, {48, UINT32_MAX},
+};
 #define LENGTHS (sizeof(lengths) / sizeof(*lengths))
 
 /* What the driver says next: in the ring if it is asked there, in the private copy if the walk is there. */
