@@ -31,6 +31,7 @@ static inline uint16_t load16(const uint16_t *p) { return __atomic_load_n(p, __A
 static inline uint16_t load16_acquire(const uint16_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 static inline void store16(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 static inline void store16_release(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline uint64_t load64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 static inline void store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 
@@ -194,6 +195,13 @@ struct packed_event {
     uint16_t flags;    /* PACKED_EVENT_* */
 };
 
+/* Slots of a packed ring that somebody else completed, to be passed over (journal.c). */
+struct gap {
+    uint16_t from, to;
+    bool from_wrap, to_wrap;
+    bool there;
+};
+
 /* Where the walker stands in a chain. */
 struct walk {
     bool indirect;       /* in q->table, the private copy, rather than in the ring's table */
@@ -246,9 +254,21 @@ struct vq {
     uint32_t broken_at;
     uint32_t region_hint;
     struct walk walk;
+    struct journal_line *line; /* NULL: nothing is written down */
+    struct gap gap;
     uint32_t table_limit;
     struct vring_desc *table; /* [table_limit]: private copy of an indirect table */
 };
+
+/* What the journal notes before this is stored before what the ring gets after it. The reader comes when the writer
+ * is dead, which has then done every instruction before one: only the compiler has to be held back. */
+static inline void journal_order(void)
+{
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+}
+
+/* A packed ring stands before its gap, with nothing in flight: go on behind it. */
+void journal_pass(struct vq *q);
 
 static inline int vq_break(struct vq *q, int status, uint32_t at)
 {
