@@ -64,6 +64,9 @@ _TABLE = {
     "RING_E_MEMORY_GONE": (MemoryGone, "guest memory vanished: its file was truncated or its file system is full"),
     "RING_E_LOG_GONE": (MemoryGone, "the dirty log vanished: its file was truncated or its file system is full"),
     "RING_E_ENDLESS": (RingBroken, "the chain at slot {at} goes once around the ring without an end (virtio 2.8.17)"),
+    "RING_E_POSITION": (RingBroken, "it is not known where the predecessor of this back-end stood: the descriptors "
+                                    "contradict the front-end's base (slot {at}), and there is no journal that fits "
+                                    "them (virtio 2.8.1)"),
     "RING_E_QUEUE_SIZE": (SetupError, "the queue size must be between 1 and 32768, and for a split ring a power of two "
                                       "(virtio 2.7, 2.8.10.1)"),
     "RING_E_RING_ALIGNMENT": (SetupError, "descriptor table, available and used ring must be aligned to 16, 2 and 4 "

@@ -73,6 +73,8 @@ class SharedFile:
             raise _refuse(f"{where}: its descriptor is no regular file; use a memfd or a file in /dev/shm")
         if not policy.any_file_system and _file_system(fd) not in (TMPFS_MAGIC, HUGETLBFS_MAGIC):
             raise _refuse(f"{where}: its file is neither on tmpfs (memfd) nor on hugetlbfs; {remedy}")
+        self.file = status.st_dev, status.st_ino
+        self.offset = offset
         if status.st_size < offset + size:
             raise _refuse(f"{where}: its file has {status.st_size:#x} bytes, the {noun} needs {offset + size:#x}")
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
@@ -139,6 +141,14 @@ class GuestMemory:
         self.handle = lib.guestmem_new(regions, len(mappings), flag, status)
         if self.handle == ffi.NULL:
             raise error(status[0])
+
+    def file_at(self, uva: int) -> tuple[int, int, int]:
+        """What lies at the front-end's address ``uva``: device and inode of the file, and the offset in it. They name a
+        guest's memory, whoever maps it. Raises ValueError for an address outside all mappings."""
+        for mapping in self.mappings:
+            if mapping.uva <= uva < mapping.uva + mapping.size:
+                return *mapping.file, mapping.offset + uva - mapping.uva
+        raise ValueError(f"{uva:#x} is in no region")
 
     def close(self) -> None:
         """Free the table. No queue may use it any more."""

@@ -25,6 +25,9 @@ from ring.errors import ChainError, QueueBusy, RingError, error
 from ring.guestmem import GuestMemory
 
 
+_RING_PACKED = 34  # virtio 1.2, 6
+
+
 class CallReason(IntEnum):
     """Why the driver is notified, or not."""
 
@@ -57,6 +60,15 @@ class QueueState:
     published: int
     kicks_wanted: bool
     broken: RingError | None
+
+
+@dataclass(frozen=True)
+class Takeover:
+    """How a queue began. by_journal: where its predecessor died, not at the front-end's base. completed: chains that
+    were completed by the front-end in between."""
+
+    by_journal: bool
+    completed: int
 
 
 class Chain:
@@ -110,6 +122,7 @@ class VirtQueue:
                  base: int = 0):
         guard()
         self.memory = memory
+        self.size, self.desc, self.avail, self.used = size, desc, avail, used
         self.features = features
         self.lent = False
         config = ffi.new("struct vq_config *", {"size": size, "base": base, "desc": desc, "avail": avail,
@@ -158,6 +171,20 @@ class VirtQueue:
             status = lib.vq_mark(self.handle, pieces, count, offset, length)
             if status < 0:
                 raise error(status)
+
+    def take_over(self, line=ffi.NULL, binding: int = 0) -> Takeover:
+        """Begin where a predecessor that died on this ring stood. line: what it wrote (``struct journal_line *``;
+        NULL: nothing), believed when it is about ``binding``. Before anything else is done with the queue.
+
+        Raises RingBroken when neither that nor the base fits the descriptors.
+        """
+        completed = ffi.new("uint32_t *")
+        answer = self._checked(lib.vq_take_over(self._ours(), line, binding, completed))
+        return Takeover(answer == lib.TAKEOVER_JOURNAL, completed[0])
+
+    def record(self, line, binding: int, base: int) -> None:
+        """Write down in ``line``, which must outlive the queue, what is done from now on; see ring/journal.py."""
+        lib.vq_record(self._ours(), line, binding, base)
 
     def _ours(self):
         if self.lent:
@@ -250,6 +277,11 @@ class VirtQueue:
     # ---- what can be asked at any time, also while lent (then it is a snapshot)
 
     @property
+    def packed(self) -> bool:
+        """The ring's format."""
+        return bool(self.features >> _RING_PACKED & 1)
+
+    @property
     def base(self) -> int:
         """What GET_VRING_BASE answers (vq_base in core/ring.h has the encodings)."""
         return lib.vq_base(self.handle)
@@ -284,4 +316,4 @@ def guard() -> None:
         raise error(status)
 
 
-__all__ = ["CallReason", "Chain", "ChainError", "QueueBusy", "QueueState", "VirtQueue", "guard"]
+__all__ = ["CallReason", "Chain", "ChainError", "QueueBusy", "QueueState", "Takeover", "VirtQueue", "guard"]

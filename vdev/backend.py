@@ -18,10 +18,12 @@ import os
 import time
 from collections.abc import Callable
 
-from ring.errors import SetupError
+from ring.errors import RingBroken, SetupError
 from ring.guestmem import DEFAULT_POLICY, Policy
+from ring.journal import JournalError
 from ring.virtqueue import VirtQueue
 from vdev.engine import Engine, EngineStuck, ring_name
+from vdev.journal import no_journal
 from vdev.logs import EventLog
 from vdev.memory import SessionMemory
 from vdev.net.features import Feature, mask, names
@@ -51,6 +53,8 @@ class Backend:
         self.log = log
         self.memory = SessionMemory(engine, policy)
         self._stopped_at: dict[int, int] = {}  # bases of rings that SET_STATUS 0 stopped
+        self._told: dict[int, int] = {}  # bases as SET_VRING_BASE gave them
+        self._answered: set[int] = set()  # rings whose base was just answered
         self._reverse: int | None = None
         self._last_rarp = 0.0
         self._introduced = False
@@ -61,6 +65,9 @@ class Backend:
 
     def handle(self, request: Accepted) -> Result:
         """Do what ``request`` asks -> what to answer. Raises EngineStuck, after which only close() is left."""
+        # A front-end that goes on speaking has read the last answer: it knows where these rings stand.
+        while self._answered:
+            self.engine.forget(self._answered.pop())
         handler = _HANDLERS.get(request.kind)
         try:
             if handler is None:
@@ -88,6 +95,7 @@ class Backend:
 
     def _set_vring_base(self, request: Accepted) -> None:
         self._stopped_at.pop(request.payload.index, None)
+        self._told[request.payload.index] = request.payload.num
 
     def _get_vring_base(self, request: Accepted) -> int:
         index = request.payload.index
@@ -96,6 +104,7 @@ class Backend:
         else:
             base = self._stopped_at.pop(index, self.session.rings[index].base)
         self._settle(self.session.after(request, base))
+        self._answered.add(index)
         return base
 
     def _set_vring_kick(self, request: Accepted) -> None:
@@ -165,6 +174,7 @@ class Backend:
                 self._enable_pairs(enabled)
                 for index in running - wanted:
                     self._stopped_at[index] = engine.stop(index)
+                    engine.forget(index)
                 for index, queue in fresh.items():
                     engine.rings[index].queue = queue
                     self._stopped_at.pop(index, None)
@@ -187,6 +197,7 @@ class Backend:
             self._introduced = False
         if fresh:
             self._introduce(state)
+            self._lost([index for index, queue in fresh.items() if queue.state.broken is not None])
 
     def _build(self, state: State, indices: set[int]) -> dict[int, VirtQueue]:
         fresh: dict[int, VirtQueue] = {}
@@ -202,11 +213,32 @@ class Backend:
                         used=ring.addr.used, base=self._stopped_at.get(index, ring.base), features=state.features)
                 except SetupError as reason:
                     raise _Refuse(f"{ring_name(index)} cannot start: {reason}") from None
+                self._take_over(index, fresh[index], self._told.get(index, ring.base))
         except _Refuse:
             for queue in fresh.values():
                 queue.close()
             raise
         return fresh
+
+    def _take_over(self, index: int, queue: VirtQueue, told: int) -> None:
+        """Have a new queue begin where a back-end stood that ended without being asked."""
+        name = ring_name(index)
+        try:
+            found = self.engine.take_over(index, queue, told)
+        except RingBroken:
+            return  # reported with the others that broke
+        except JournalError as reason:
+            self.engine.drop_journal()
+            self.log.warning("no-journal", no_journal(reason))
+            return
+        if found.by_journal:
+            self.log.info("ring-taken-over", f"{name} goes on where the last vdev stood when it ended (base "
+                          f"{queue.base:#x}), not at the front-end's base {told:#x}, which is out of date",
+                          ring=index, base=queue.base, told=told)
+        if found.completed:
+            self.engine.lost_while_away[index] += found.completed
+            self.log.info("lost-while-away", f"{name}: the front-end dropped {found.completed} chains of the guest while no "
+                          "back-end was connected", ring=index, chains=found.completed)
 
     def _enable_pairs(self, enabled: list[bool]) -> None:
         """Tell the port which pairs get frames. Pair 0 keeps its queue while no other has one, so that the

@@ -42,6 +42,7 @@ def open_device(config: DeviceConfig, log: EventLog) -> Device:
     try:
         from ring.errors import RingError
         from vdev.device import Device
+        from vdev.journal import open_journal
         from vdev.ports import PortError, open_port
         from vdev.ports.tap import Tap
     except ImportError as error:
@@ -54,7 +55,8 @@ def open_device(config: DeviceConfig, log: EventLog) -> Device:
         raise Failure(str(error)) from None
     try:
         default = port.carries.queue_pairs if isinstance(port, Tap) else 1
-        return Device(config.name, port, fitted(config, port, default), log)
+        settled = fitted(config, port, default)
+        return Device(config.name, port, settled, log, open_journal(settled, log))
     except BaseException as error:
         port.close()
         if isinstance(error, RingError | OSError | MemoryError):

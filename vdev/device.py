@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable
 
+from ring.journal import Journal
 from ring.pump import FlowStats
 from vdev.backend import Backend
 from vdev.config import DeviceConfig
@@ -18,14 +19,14 @@ MEM_SLOTS = 509
 
 
 class Device:
-    """Lives as long as the daemon; takes over ``port``. ``config.queue_pairs`` is set and suits it."""
+    """Lives as long as the daemon; takes over ``port`` and ``journal``. ``config.queue_pairs`` is set and suits it."""
 
-    def __init__(self, name: str, port: Port, config: DeviceConfig, log: EventLog):
+    def __init__(self, name: str, port: Port, config: DeviceConfig, log: EventLog, journal: Journal | None = None):
         self.name = name
         self.port = port
         self._log = log
         pairs = config.queue_pairs
-        self.engine = Engine(port, pairs)
+        self.engine = Engine(port, pairs, journal)
         # GET_QUEUE_NUM: QEMU's net device means queue pairs
         self.offer = Offer(offer.virtio_features(port.carries, pairs, config.features.remove), offer.PROTOCOL,
                            rings=2 * pairs, queue_num=pairs, max_mem_slots=MEM_SLOTS)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from ring.errors import QueueBusy, RingError, SetupError, named
 from ring.guestmem import GuestMemory
+from ring.journal import Journal
 from ring.pump import Flow, FlowStats, Lane, LaneConfig, LaneEvent, Pump
-from ring.virtqueue import VirtQueue
+from ring.virtqueue import Takeover, VirtQueue
 from vdev.ports.base import Port
 
 
@@ -45,14 +46,19 @@ _abandoned: list[object] = []
 
 
 class Engine:
-    """Runs the rings of one device against its port. Made once a device, used by one session after the other."""
+    """Runs the rings of one device against its port. Made once a device, used by one session after the other.
 
-    def __init__(self, port: Port, queue_pairs: int):
+    journal: where positions of the rings are written down for a successor; None: nowhere.
+    """
+
+    def __init__(self, port: Port, queue_pairs: int, journal: Journal | None = None):
         self.port = port
+        self._journal = journal
         self.rings = [Ring() for _ in range(2 * queue_pairs)]
         self.features = 0
         self.mtu = 0
         self.watch_kicks = False
+        self.lost_while_away = [0] * len(self.rings)  # chains a front-end completed by itself while no back-end was there
         self.abandoned = 0  # how often a worker got stuck
         self._depth = 0
         self._lanes = [Lane() for _ in range(queue_pairs)]
@@ -99,7 +105,8 @@ class Engine:
     def _abandon(self) -> None:
         """Leave pump, lanes and rings to the stuck worker for good, and start with fresh ones."""
         self._carried.extend(lane.stats() for lane in self._lanes)
-        _abandoned.append((self._pump, self._lanes, self.rings))
+        _abandoned.append((self._pump, self._lanes, self.rings, self._journal))
+        self.drop_journal()
         self.rings = [Ring() for _ in self.rings]
         self._lanes = [Lane() for _ in self._lanes]
         self._attached = set()
@@ -112,6 +119,26 @@ class Engine:
               features: int) -> VirtQueue:
         """A queue for one of the rings (addresses are uva), not run yet. Raises SetupError."""
         return VirtQueue(memory, size=size, desc=desc, avail=avail, used=used, features=features, base=base)
+
+    def take_over(self, index: int, queue: VirtQueue, told: int) -> Takeover:
+        """Have ``queue``, just built for ring ``index``, go on where a predecessor that died stood; ``told`` is what
+        the front-end said last with SET_VRING_BASE. Raises RingBroken when that cannot be told, JournalError when it
+        cannot be written down what this queue does."""
+        if self._journal is None:
+            return queue.take_over()
+        return self._journal.take_over(index, queue, told)
+
+    def forget(self, index: int) -> None:
+        """The front-end has learnt where ring ``index`` stands, or the driver was reset."""
+        if self._journal is not None:
+            self._journal.forget(index)
+
+    def drop_journal(self) -> None:
+        """Write nothing down any more, and let no successor believe what was written."""
+        if self._journal is not None:
+            for index in range(len(self.rings)):
+                self._journal.forget(index)
+            self._journal = None
 
     def stop(self, index: int) -> int:
         """Stop ring ``index``, which runs -> its base."""
@@ -189,4 +216,6 @@ class Engine:
         for lane in self._lanes:
             lane.close()
         self._pump.close()
+        if self._journal is not None:
+            self._journal.close()
         os.close(self.report_fd)

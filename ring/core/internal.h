@@ -207,6 +207,13 @@ struct packed_event {
 };
 _Static_assert(sizeof(struct packed_event) == 4, "as the specification lays it out");
 
+/* Slots of a packed ring that somebody else completed, to be passed over (journal.c). */
+struct gap {
+    uint16_t from, to;
+    bool from_wrap, to_wrap;
+    bool there;
+};
+
 /* Where the walker stands in a chain. */
 struct walk {
     bool indirect;       /* in q->table, the private copy, rather than in the ring's table */
@@ -260,6 +267,8 @@ struct vq {
     uint32_t broken_at;
     uint32_t region_hint;
     struct walk walk;
+    struct journal_line *line; /* NULL: nothing is written down */
+    struct gap gap;
     uint32_t table_limit;
     struct vring_desc *table; /* [table_limit]: private copy of an indirect table */
 
@@ -267,6 +276,16 @@ struct vq {
     uint64_t log_used; /* gpa as which the used ring, or the device event suppression structure, is marked */
     uint64_t desc_gpa; /* of the descriptor table or ring */
 };
+
+/* What the journal notes before this is stored before what the ring gets after it. The reader comes when the writer
+ * is dead, which has then done every instruction before one: only the compiler has to be held back. */
+static inline void journal_order(void)
+{
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+}
+
+/* A packed ring stands before its gap, with nothing in flight: go on behind it. */
+void journal_pass(struct vq *q);
 
 static inline int vq_break(struct vq *q, int status, uint32_t at)
 {

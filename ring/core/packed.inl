@@ -157,17 +157,43 @@ static inline void packed_unpop(struct vq *q, uint32_t slots)
     packed_advance(q, &q->next_avail, &q->avail_wrap, 2 * q->size - slots % (2 * q->size));
 }
 
+/* Length, id and flags: what a used descriptor overwrites. */
+static inline uint64_t *packed_second_half(struct packed_desc *d)
+{
+    return (uint64_t *)(void *)&d->len;
+}
+
+/* Note in the journal what the next used descriptor will overwrite, and how far the batch reaches with it. */
+static inline void packed_note(struct vq *q, uint32_t slots, uint32_t written)
+{
+    struct journal_entry *e = &q->line->entries[q->next_used];
+    uint16_t to = q->next_used;
+    bool to_wrap = q->used_wrap;
+
+    packed_advance(q, &to, &to_wrap, slots);
+    e->was = load64(packed_second_half(&q->packed[q->next_used]));
+    e->wrote = written;
+    e->slots = slots;
+    journal_order();
+    q->line->progress = (uint64_t)(q->published | (q->published_wrap ? 0x8000u : 0)) |
+                        (uint64_t)(to | (to_wrap ? 0x8000u : 0)) << 16;
+    journal_order();
+}
+
 static inline void packed_push(struct vq *q, uint32_t head, uint32_t slots, uint32_t written)
 {
     struct packed_desc *d = &q->packed[q->next_used];
     uint16_t flags = written ? DESC_F_WRITE : 0;
+
+    if (q->line)
+        packed_note(q, slots, written);
 
     if (q->used_wrap)
         flags |= PACKED_F_AVAIL | PACKED_F_USED;
     if (likely(q->holding)) {
         /* In one store: a vectorised driver loads several descriptors at once, and may see these flags before the
          * first one's; id and length must be there with them. */
-        store64((uint64_t *)(void *)&d->len, written | (uint64_t)(uint16_t)head << 32 | (uint64_t)flags << 48);
+        store64(packed_second_half(d), written | (uint64_t)(uint16_t)head << 32 | (uint64_t)flags << 48);
     } else { /* the first of the batch: until packed_publish */
         store32(&d->len, written);
         store16(&d->id, (uint16_t)head);
@@ -230,6 +256,11 @@ static inline int packed_decide(struct vq *q)
 
 static inline int packed_arm(struct vq *q)
 {
+    if (unlikely(q->gap.there) && q->next_used == q->gap.from && q->used_wrap == q->gap.from_wrap &&
+        q->next_avail == q->next_used && q->avail_wrap == q->used_wrap && !q->holding) {
+        journal_pass(q);
+        return 1; /* look again from there, and tell the driver: its wish may lie in what was passed over */
+    }
     if (q->event_idx) /* in one store: the driver never sees one half of the wish */
         store32(&q->device_event->both, q->known | (q->known_wrap ? 0x8000u : 0) | (uint32_t)PACKED_EVENT_DESC << 16);
     else

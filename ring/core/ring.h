@@ -38,6 +38,7 @@ enum ring_status {
     RING_E_MEMORY_GONE = -34,     /* the memory under the ring or a buffer vanished (SIGBUS) */
     RING_E_ENDLESS = -35,         /* packed: a chain goes once around the ring without an end */
     RING_E_LOG_GONE = -36,        /* the memory of the dirty log vanished (SIGBUS) */
+    RING_E_POSITION = -37,        /* packed: neither base nor journal fit the descriptors at the start */
 
     /* A request of our own control plane that cannot be met. */
     RING_E_QUEUE_SIZE = -64,      /* zero, above 32768, or (split) not a power of two */
@@ -47,7 +48,7 @@ enum ring_status {
     RING_E_NOMEM = -68,           /* malloc or mmap failed: errno says why */
     RING_E_BUSY = -69,            /* the queue is lent to a pump */
     RING_E_GUARD = -70,           /* the SIGBUS guard is not installed or not effective */
-    RING_E_BASE = -71             /* packed: the base names a slot outside the ring */
+    RING_E_BASE = -71,            /* packed: the base names a slot outside the ring */
 };
 
 #define RING_QUEUE_SIZE_MAX 32768
@@ -240,6 +241,38 @@ int vq_decide(struct vq *q);
 int vq_arm(struct vq *q);
 int vq_disarm(struct vq *q);
 int vq_conclude(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots);
+
+/* ------------------------------------------------------------------------------------- journal */
+
+/* What a device writes down of one ring, in memory that outlives its process; journal.c tells the theory. All of
+ * it zero: nothing is known. */
+struct journal_entry { /* of a packed ring's slot that a used descriptor was written to */
+    uint64_t was;   /* length, id and flags before */
+    uint32_t wrote; /* the length in the used descriptor */
+    uint32_t slots; /* of the chains it completes */
+};
+struct journal_line {
+    uint64_t binding;  /* which ring it is about; 0: none */
+    uint64_t progress; /* bits 0-15: where the last batch begins, 16-31: where it ends; packed: slot and counter */
+    uint64_t gap;      /* packed: as progress, with bit 32: slots a front-end completed, not passed over yet */
+    uint32_t base;     /* the front-end's, of the last start */
+    uint32_t reserved[9];
+    struct journal_entry entries[RING_QUEUE_SIZE_MAX]; /* packed: by slot, [queue size] are used */
+};
+
+enum takeover {
+    TAKEOVER_BASE = 0,   /* go on at the base */
+    TAKEOVER_JOURNAL = 1 /* the base is out of date: go on where the predecessor stood */
+};
+
+/* Take a new queue, made with the front-end's base, over from a predecessor that may have died on this ring. line:
+ * what that one wrote, or NULL; believed when its binding is `binding` and the ring does not contradict.
+ * *completed: chains that were completed by somebody else since. -> enum takeover; the code that broke the queue:
+ * RING_E_POSITION, RING_E_MEMORY_GONE. */
+int vq_take_over(struct vq *q, const struct journal_line *line, uint64_t binding, uint32_t *completed);
+/* From now on write down in `line` what is done to the ring. base: what the front-end said last. The queue's entries
+ * of `line` must be backed by memory; binding is not 0. */
+void vq_record(struct vq *q, struct journal_line *line, uint64_t binding, uint32_t base);
 
 /* Does `reason` (enum call_reason) mean that the driver is to be notified? */
 int call_is_due(int reason);

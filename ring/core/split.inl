@@ -148,6 +148,10 @@ static inline void split_publish(struct vq *q)
 {
     if (q->published == q->next_used)
         return;
+    if (q->line) {
+        q->line->progress = q->published | (uint64_t)q->next_used << 16;
+        journal_order();
+    }
     /* Release: elements and buffer contents before idx; pairs with the driver's barrier after reading it. */
     store16_release(&q->used->idx, q->next_used);
     wrote_used(q, &q->used->idx, sizeof(q->used->idx));
