@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import pytest
 
 from ring.build import ffi
-from ring.driver import GuestMemory
+from ring.driver import DriverQueue, GuestMemory
 from ring.errors import RingBroken
 from ring.pump import Flow, Lane, LaneConfig, Pump
-from ring.virtqueue import VirtQueue
+from ring.virtqueue import CallReason, Takeover, VirtQueue
 from vdev.net.features import Feature, mask
 from vdev.testing.instants import CannotTrace, Stepped
 from vdev.testing.netdriver import NetDriver, NetHeader
@@ -259,3 +259,146 @@ def test_without_a_journal_a_packed_ring_is_not_served_from_the_wrong_slot() -> 
         queue = scene.side.queue(scene.ring, base=scene.base)
         with pytest.raises(RingBroken, match=r"slot 6\).*no journal that fits"):
             queue.take_over()
+
+
+# ------------------------------------------------------------------------- what QEMU does meanwhile
+
+
+def drained(scene: Scene, base: int) -> int:
+    """Complete what looks available from ``base`` on, as QEMU does with a transmitq while no back-end is there
+    -> its base afterwards."""
+    queue = scene.side.queue(scene.ring, base=base)
+    while (chain := queue.pop()) is not None:
+        queue.push(chain)
+        queue.publish()
+    return queue.base
+
+
+class Busy(Scene):
+    """A transmitq of one slot a frame that started at ``base``, has gone around and stands ``before`` slots in front of
+    ``base`` again, all slots in use."""
+
+    def __init__(self, before: int) -> None:
+        self._before = before
+        super().__init__(FORMATS["packed"], to_guest=False)
+
+    def transmit(self) -> None:
+        self.next = 0
+        for _ in range(2 * SIZE - self._before):
+            self.offer(range(self.next, self.next + 1))
+            assert serve_from_guest(self.queue) == [frame(self.next)]
+            assert self.driver.reclaim() == 1
+            self.next += 1
+        self.offer(range(self.next, self.next + SIZE))
+
+    def offer(self, numbers: range) -> None:
+        for number in numbers:
+            self.driver.offer(frame(number))
+        self.driver.transmitq.publish()
+
+
+def serve_on(queue: VirtQueue) -> list[bytes]:
+    """Serve until a kick would be waited for."""
+    frames = serve_from_guest(queue)
+    while queue.arm():
+        queue.disarm()
+        frames += serve_from_guest(queue)
+    return frames
+
+
+@pytest.mark.parametrize("deaths", [0, 1, 2])
+@pytest.mark.parametrize("before", [0, 1, 3, 7])
+def test_F04_what_qemu_completed_in_the_middle_of_a_packed_ring_is_passed_over(before: int, deaths: int) -> None:
+    """QEMU goes on from the base of the last start, which lies ``before`` slots ahead of where the device stood."""
+    with Busy(before) as scene:
+        told = drained(scene, scene.base)
+        assert told != scene.base
+        mine = [frame(number) for number in range(scene.next, scene.next + before)]
+        got: list[bytes] = []
+        for _ in range(deaths):  # each before it has come so far, the last one in the middle
+            queue = scene.side.queue(scene.ring, base=told)
+            queue.take_over(scene.line.line, BINDING)
+            queue.record(scene.line.line, BINDING, told)
+            if len(mine) > len(got):
+                got.append(queue.pop().read()[NetHeader.SIZE:])
+                queue.unpop()
+                queue.push(queue.pop())
+                queue.publish()
+        queue = scene.side.queue(scene.ring, base=told)
+        found = queue.take_over(scene.line.line, BINDING)
+        queue.record(scene.line.line, BINDING, told)
+        assert found.completed == (SIZE - before if not deaths else 0)
+        assert got + serve_on(queue) == mine
+        assert scene.driver.reclaim() == SIZE and scene.ring.outstanding == 0
+        scene.offer(range(100, 100 + SIZE))
+        assert serve_on(queue) == [frame(number) for number in range(100, 100 + SIZE)]
+        assert scene.driver.reclaim() == SIZE
+
+
+def test_F04_a_guest_that_waits_for_what_was_passed_over_is_called() -> None:
+    with Busy(3) as scene:
+        told = drained(scene, scene.base)
+        queue = scene.side.queue(scene.ring, base=told)
+        queue.take_over(scene.line.line, BINDING)
+        assert not scene.ring.ring.want_calls(after=6)  # a slot that QEMU completed
+        serve_from_guest(queue)
+        assert queue.decide() is CallReason.FIRST  # whatever the guest wants
+        assert queue.arm() == 1
+        assert queue.decide() is CallReason.EVENT_REACHED
+
+
+def test_chains_completed_meanwhile_are_counted_in_a_split_ring() -> None:
+    with Scene(FORMATS["split"], to_guest=False) as scene:
+        told = drained(scene, scene.queue.base)
+        queue = scene.side.queue(scene.ring, base=told)
+        assert queue.take_over(scene.line.line, BINDING) == Takeover(by_journal=False, completed=4)
+        assert serve_from_guest(queue) == []
+
+
+def test_a_split_ring_goes_on_at_its_used_index_whatever_base_is_told() -> None:
+    """A front-end that, as QEMU for packed rings, tells the base of the last start."""
+    with Scene(FORMATS["split"], to_guest=False) as scene:
+        queue = scene.side.queue(scene.ring, base=scene.base)
+        assert queue.take_over(scene.line.line, BINDING) == Takeover(by_journal=True, completed=0)
+        assert serve_from_guest(queue) == [frame(number) for number in range(3, 7)]
+
+
+# --------------------------------------------------------------------------- what is not believed
+
+
+@pytest.mark.parametrize("to_guest", [False, True], ids=["transmitq", "receiveq"])
+def test_a_driver_that_was_reset_meanwhile_starts_anew(to_guest: bool) -> None:
+    """Same memory, same addresses, same base: only the ring tells."""
+    features = FORMATS["packed"]
+    with Scene(features, to_guest) as scene:
+        scene.queue.record(scene.line.line, BINDING, 0x80008000)
+        for area in scene.ring.ring.areas:
+            scene.driver.memory.write(area.gpa, bytes(area.len))
+        desc, avail, used = (area.gpa for area in scene.ring.ring.areas)
+        with DriverQueue(scene.driver.memory, SIZE, features, desc=desc, avail=avail, used=used) as fresh:
+            fresh.post(*((), [64]) if to_guest else ([b"x" * 64], ()))
+            fresh.publish()
+            queue = scene.side.queue(fresh, base=0x80008000)
+            assert queue.take_over(scene.line.line, BINDING) == Takeover(by_journal=False, completed=0)
+            assert queue.pop() is not None
+
+
+@pytest.mark.parametrize("progress", [0x7FFF7FFF, 0x80088008, 0x80078003, 0x30008005])
+def test_a_line_that_contradicts_the_ring_is_refused(progress: int) -> None:
+    with Scene(FORMATS["packed"], to_guest=False) as scene:
+        serve_from_guest(scene.queue)
+        scene.line.line.progress = progress
+        before = scene.shared()
+        queue = scene.side.queue(scene.ring, base=scene.base)
+        with pytest.raises(RingBroken, match="not known where the predecessor"):
+            queue.take_over(scene.line.line, BINDING)
+        assert scene.shared() == before
+        with pytest.raises(RingBroken):
+            queue.pop()
+
+
+def test_a_line_of_another_ring_is_not_looked_at() -> None:
+    with Scene(FORMATS["packed"], to_guest=False) as scene:
+        scene.line.line.progress = 0x7FFF7FFF
+        queue = scene.side.queue(scene.ring, base=scene.queue.base)
+        assert queue.take_over(scene.line.line, BINDING + 1) == Takeover(by_journal=False, completed=0)

@@ -237,8 +237,8 @@ class Backend:
                           ring=index, base=queue.base, told=told)
         if found.completed:
             self.engine.lost_while_away[index] += found.completed
-            self.log.info("lost-while-away", f"{name}: the front-end dropped {found.completed} chains of the guest while no "
-                          "back-end was connected", ring=index, chains=found.completed)
+            self.log.info("lost-while-away", f"{name}: the front-end dropped {found.completed} chains of the "
+                          "guest while no back-end was connected", ring=index, chains=found.completed)
 
     def _enable_pairs(self, enabled: list[bool]) -> None:
         """Tell the port which pairs get frames. Pair 0 keeps its queue while no other has one, so that the

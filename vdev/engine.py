@@ -58,7 +58,7 @@ class Engine:
         self.features = 0
         self.mtu = 0
         self.watch_kicks = False
-        self.lost_while_away = [0] * len(self.rings)  # chains a front-end completed by itself while no back-end was there
+        self.lost_while_away = [0] * len(self.rings)  # chains a front-end completed while no back-end was there
         self.abandoned = 0  # how often a worker got stuck
         self._depth = 0
         self._lanes = [Lane() for _ in range(queue_pairs)]

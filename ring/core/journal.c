@@ -107,8 +107,9 @@ static uint32_t entry_slots(const struct vq *q, const struct journal_line *line,
     return slots <= q->size ? slots : 0;
 }
 
-/* -> false when the line contradicts itself. */
-static bool follow(const struct vq *q, const struct journal_line *line, struct found *f)
+/* moved: a front-end has completed slots since, perhaps these again, a round later.
+ * -> false when the line contradicts itself or the ring. */
+static bool follow(const struct vq *q, const struct journal_line *line, bool moved, struct found *f)
 {
     struct place from = place_of(line->progress), to = place_of(line->progress >> 16);
 
@@ -120,7 +121,7 @@ static bool follow(const struct vq *q, const struct journal_line *line, struct f
         uint32_t slots = entry_slots(q, line, p);
         if (slots == 0 || slots > distance(q, p, to))
             return false;
-        seen = seen && device_was_at(q, p);
+        seen = seen && (device_was_at(q, p) || (moved && is_used(q, (struct place){p.slot, !p.wrap})));
         p = beyond(q, p, slots);
         if (seen)
             f->at = p;
@@ -190,13 +191,14 @@ static bool driver_at(const struct vq *q, struct place *driver)
     return true;
 }
 
-/* Is p in the first round of a ring that nobody but a front-end has used, all up to p? */
+/* Is p in the first round of a ring whose slots were all completed up to p, and none behind? Then the device stands
+ * at p, whatever was written down. */
 static bool without_traces(const struct vq *q, struct place p)
 {
-    if (!p.wrap || (p.slot && !completed(q, (struct place){0, true}, p)))
+    if (!p.wrap)
         return false;
-    for (; p.slot < q->size; p.slot++)
-        if (load16(&q->packed[p.slot].flags) & PACKED_F_USED)
+    for (struct place at = {0, true}; at.slot < q->size; at.slot++)
+        if (at.slot < p.slot ? !is_used(q, at) : device_was_at(q, at))
             return false;
     return true;
 }
@@ -239,7 +241,7 @@ static int take_over_packed(struct vq *q, const struct journal_line *line, uint6
         return trust_base(q, base);
     if (without_traces(q, base)) {
         /* nothing was published, so the base is right; but the first chain of a batch may have lost its length */
-        if (same(place_of(line->progress), base) && follow(q, line, &f))
+        if (same(place_of(line->progress), base) && follow(q, line, false, &f))
             put_back(q, line, &f);
         return TAKEOVER_BASE;
     }
@@ -258,7 +260,7 @@ static int take_over_packed(struct vq *q, const struct journal_line *line, uint6
         if (in_ring(q, from) && completed(q, from, base))
             gap_from = from;
     }
-    if (!follow(q, line, &f))
+    if (!follow(q, line, !same(gap_from, base), &f))
         return RING_E_POSITION;
     put_back(q, line, &f);
     if (same(f.at, gap_from)) {

@@ -84,11 +84,14 @@ def start_daemon() -> Iterator[Callable[..., Daemon]]:
 
 @pytest.fixture
 def start_guest(qemu: QemuProgram, image: Image) -> Iterator[Callable[..., LinuxGuest]]:
-    """Start a Linux guest on a vhost-user socket: ``start_guest(path, queue_pairs=1, cpus=1, packed=False)``."""
+    """Start a Linux guest on a vhost-user socket: ``start_guest(path, queue_pairs=1, cpus=1, packed=False,
+    server=False)``."""
     with contextlib.ExitStack() as guests:
 
-        def start(path: Path, queue_pairs: int = 1, cpus: int = 1, packed: bool = False) -> LinuxGuest:
-            network = qemu_args(str(path), memory="256M", queue_pairs=queue_pairs, qemu=qemu.binary, packed=packed)
+        def start(path: Path, queue_pairs: int = 1, cpus: int = 1, packed: bool = False,
+                  server: bool = False) -> LinuxGuest:
+            network = qemu_args(str(path), memory="256M", queue_pairs=queue_pairs, qemu=qemu.binary, packed=packed,
+                                server=server)
             return guests.enter_context(LinuxGuest(qemu, image, network, cpus=cpus))
 
         yield start
