@@ -239,18 +239,18 @@ static int take_over_packed(struct vq *q, const struct journal_line *line, uint6
 
     if (!line || line->binding != binding || q->next_used != q->next_avail || q->used_wrap != q->avail_wrap)
         return trust_base(q, base);
+    struct place start = place_of(line->base), gap_from = base;
+    if (!in_ring(q, start))
+        return RING_E_POSITION;
+    uint32_t chains = same(start, base) ? 0 : completed(q, start, base);
     if (without_traces(q, base)) {
         /* nothing was published, so the base is right; but the first chain of a batch may have lost its length */
         if (same(place_of(line->progress), base) && follow(q, line, false, &f))
             put_back(q, line, &f);
+        *completed_chains = chains;
         return TAKEOVER_BASE;
     }
-    struct place start = place_of(line->base), gap_from = base;
-    uint32_t chains = 0;
-    if (!in_ring(q, start))
-        return RING_E_POSITION;
     if (!same(start, base)) {
-        chains = completed(q, start, base);
         if (chains == 0) /* it did not go on from there, it was told another position */
             return trust_base(q, base);
         gap_from = start;
@@ -274,7 +274,7 @@ static int take_over_packed(struct vq *q, const struct journal_line *line, uint6
         return RING_E_POSITION;
     go_on_at(q, f.at);
     *completed_chains = chains;
-    return TAKEOVER_JOURNAL;
+    return same(f.at, base) ? TAKEOVER_BASE : TAKEOVER_JOURNAL;
 }
 
 /* The ring says where it stood; the line only tells whether a front-end that names its last start's base is out of

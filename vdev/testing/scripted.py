@@ -3,6 +3,7 @@
 It goes through the messages of a real QEMU in their order and then moves frames, against any back-end.
 """
 
+import dataclasses
 import socket
 from types import TracebackType
 
@@ -52,7 +53,8 @@ class ScriptedGuest:
             self.close()
             raise ValueError(f"the back-end does not offer {', '.join(names(missing))}")
         self.qemu.reset(queue_pairs)
-        self.qemu.start(shared_regions(self.memory), features & self.qemu.offered, enabled_pairs=queue_pairs)
+        self.features = features & self.qemu.offered
+        self.qemu.start(shared_regions(self.memory), self.features, enabled_pairs=queue_pairs)
         for driver in self.drivers:
             driver.fill(buffers)
 
@@ -62,6 +64,20 @@ class ScriptedGuest:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(path)
         return cls(sock, **options)
+
+    def reconnect(self, sock: socket.socket) -> None:
+        """Go on with the back-end at the other end of ``sock``, as QEMU does when one came back that had gone without
+        a word: the features of before; the base of a split ring from its used index, of a packed one that of the last
+        start."""
+        self.front_end.close()
+        self.front_end = FrontEnd(sock)
+        queues = [queue for driver in self.drivers for queue in (driver.receiveq, driver.transmitq)]
+        rings = [ring if queue.packed else dataclasses.replace(ring, base=queue.ring.used.idx)
+                 for ring, queue in zip(self.qemu.rings, queues, strict=True)]
+        self.qemu = Qemu(self.front_end, rings, self.qemu.version)
+        self.qemu.connect()
+        self.qemu.enable_pairs(len(self.drivers))
+        self.qemu.start(shared_regions(self.memory), self.features, enabled_pairs=len(self.drivers))
 
     @property
     def driver(self) -> NetDriver:

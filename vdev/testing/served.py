@@ -10,8 +10,10 @@ import os
 import queue
 import socket
 import threading
+from pathlib import Path
 from types import TracebackType
 
+from ring.journal import Journal
 from vdev.config import DeviceConfig
 from vdev.device import Device
 from vdev.features_option import FeatureEdit
@@ -77,10 +79,11 @@ class WirePort(SocketPort):
 class ServedDevice:
     """A device with ``port`` and as many queue pairs as it carries; a context manager.
 
-    removed: mask of features not to offer. ``log`` collects (event, text) of its log lines.
+    removed: mask of features not to offer. journal: the path of its journal, if it is to have one. ``log`` collects
+    (event, text) of its log lines.
     """
 
-    def __init__(self, port: WirePort | None = None, removed: int = 0) -> None:
+    def __init__(self, port: WirePort | None = None, removed: int = 0, journal: Path | None = None) -> None:
         self.port = port or WirePort()
         self.log: list[tuple[str, str]] = []
         config = DeviceConfig("test", fd=0, queue_pairs=self.port.carries.queue_pairs,
@@ -88,7 +91,8 @@ class ServedDevice:
         self.failures: list[Exception] = []
         self._loop = Loop(self.failures.append)
         self._log = _Recorder(self.log)
-        self.device = Device("test", self.port, config, self._log)
+        self.device = Device("test", self.port, config, self._log,
+                             journal and Journal(str(journal), 2 * config.queue_pairs))
         self._source = _Handed()
         self._service = Service(self._loop, self.device, self._source, self._log, False, self._loop.stop)
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
