@@ -42,7 +42,7 @@ def test_the_whole_line(fake):
         "-m", "512M",
         "-object", "memory-backend-memfd,id=vdev-memory,size=512M,share=on",
         "-machine", "memory-backend=vdev-memory",
-        "-chardev", "socket,id=vdev-socket,path=/run/a.sock,reconnect-ms=1000",
+        "-chardev", "socket,id=vdev-socket,path=/run/a.sock,reconnect-ms=100",
         "-netdev", "vhost-user,id=vdev-net,chardev=vdev-socket",
         "-device", "virtio-net-pci,netdev=vdev-net,mac=52:54:00:12:34:56,ctrl_guest_offloads=off",
     ]
@@ -70,8 +70,8 @@ def test_vectors_are_zero_where_msix_crashes_qemu(fake, version, kvm, vectors):
 
 
 @pytest.mark.parametrize("version, field", [
-    ("7.2.22", "reconnect=1"), ("9.1.0", "reconnect=1"), ("9.2.0", "reconnect-ms=1000"),
-    ("10.2.0", "reconnect-ms=1000"),
+    ("7.2.22", "reconnect=1"), ("9.1.0", "reconnect=1"), ("9.2.0", "reconnect-ms=100"),
+    ("10.2.0", "reconnect-ms=100"),
 ])
 def test_reconnect_by_version(fake, version, field):
     assert split(options(qemu_args("/run/a.sock", qemu=fake(version)))["-chardev"])[-1] == field

@@ -12,9 +12,9 @@ from ring.pump import LaneEvent
 from vdev.backend import Backend
 from vdev.engine import EngineStuck
 from vhost_user.codec import Message
-from vhost_user.errors import Close, Nack
+from vhost_user.errors import Close, Disconnected, Nack
 from vhost_user.session import Session
-from vhost_user.state import Offer
+from vhost_user.state import Notifier, Offer
 from vhost_user.transport import Transport
 
 # A ring asked for its base while others run is started again, but not before the front-end had time to stop
@@ -49,9 +49,21 @@ class Connection:
 
     def on_readable(self) -> None:
         """Serve the messages that are there, a bounded number of them."""
-        for message in self._transport.turn():
-            self._serve(message)
+        try:
+            for message in self._transport.turn():
+                self._serve(message)
+        except Disconnected as end:
+            raise Disconnected(f"{end}{self._left_early()}") from None
         self._resume_at = time.monotonic() + RESUME_DELAY_QUIET if self._backend.parked else None
+
+    def _left_early(self) -> str:
+        """What it probably means when a front-end leaves so soon. One whose guest was reset, or has no driver yet,
+        enables a ring before anything else."""
+        state = self._session.state
+        if state.features or any(ring.enabled or ring.call is Notifier.UNSET for ring in state.rings[:2]):
+            return ""
+        return (" after it saw what is offered: QEMU does that, again and again, when the guest's driver uses a "
+                "feature that is missing; start vdev with the port, --queue-pairs and --features it had before")
 
     def _serve(self, message: Message) -> None:
         try:

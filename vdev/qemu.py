@@ -88,7 +88,8 @@ def qemu_args(socket_path: str, memory: str = "512M", queue_pairs: int = 1, qemu
     if server:
         chardev += ",server=on"
     else:
-        chardev += ",reconnect-ms=1000" if version >= _RECONNECT_MS else ",reconnect=1"
+        # Soon: a guest is without network until then, and trying costs nothing.
+        chardev += ",reconnect-ms=100" if version >= _RECONNECT_MS else ",reconnect=1"
 
     netdev = f"vhost-user,id={_NETDEV},chardev={_CHARDEV}"
     # QEMU answers a guest's offload commands itself and does not pass them on; without the command a guest

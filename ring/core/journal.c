@@ -9,7 +9,7 @@
  *
  * What is written. A used descriptor overwrites the chain it completes: its length, id and flags. Of a batch only
  * the flags of the first one are held back (packed_push), so a batch that was never published has destroyed chains
- * the driver still counts as the device's. Hence, before a used descriptor is written to a slot, journal_push notes
+ * the driver still counts as the device's. Hence, before a used descriptor is written to a slot, packed_note notes
  * what stood there and how far the chain reaches (`was`, `slots`: entry of that slot), then that the batch reaches
  * so far (`progress`: from, to; one store). Publishing needs no note of its own, the ring itself tells:
  *
@@ -307,15 +307,12 @@ int vq_take_over(struct vq *q, const struct journal_line *line, uint64_t binding
 
 /* ---------------------------------------------------------------------------------------- writing */
 
-static uint64_t code_of(uint16_t slot, bool wrap)
-{
-    return slot | (wrap ? 0x8000u : 0);
-}
-
 void vq_record(struct vq *q, struct journal_line *line, uint64_t binding, uint32_t base)
 {
-    uint64_t at = code_of(q->published, q->is_packed && q->published_wrap);
+    uint64_t at = packed_code(q->published, q->is_packed && q->published_wrap), gap = 0;
 
+    if (q->gap.there)
+        gap = GAP_THERE | packed_code(q->gap.from, q->gap.from_wrap) | packed_code(q->gap.to, q->gap.to_wrap) << 16;
     /* What is known of this ring stays known between any two of these stores: take_over_packed comes to the same
      * end with a line that is still half the old one. */
     if (line->binding != binding)
@@ -323,9 +320,7 @@ void vq_record(struct vq *q, struct journal_line *line, uint64_t binding, uint32
     journal_order();
     line->progress = at | at << 16;
     journal_order();
-    line->gap = 0;
-    if (q->gap.there)
-        line->gap = GAP_THERE | code_of(q->gap.from, q->gap.from_wrap) | code_of(q->gap.to, q->gap.to_wrap) << 16;
+    line->gap = gap;
     journal_order();
     line->base = base;
     journal_order();

@@ -163,6 +163,12 @@ static inline uint64_t *packed_second_half(struct packed_desc *d)
     return (uint64_t *)(void *)&d->len;
 }
 
+/* A slot and its wrap counter, as an event suppression structure and the journal have them. */
+static inline uint64_t packed_code(uint16_t slot, bool wrap)
+{
+    return slot | (wrap ? 0x8000u : 0);
+}
+
 /* Note in the journal what the next used descriptor will overwrite, and how far the batch reaches with it. */
 static inline void packed_note(struct vq *q, uint32_t slots, uint32_t written)
 {
@@ -175,8 +181,7 @@ static inline void packed_note(struct vq *q, uint32_t slots, uint32_t written)
     e->wrote = written;
     e->slots = slots;
     journal_order();
-    q->line->progress = (uint64_t)(q->published | (q->published_wrap ? 0x8000u : 0)) |
-                        (uint64_t)(to | (to_wrap ? 0x8000u : 0)) << 16;
+    q->line->progress = packed_code(q->published, q->published_wrap) | packed_code(to, to_wrap) << 16;
     journal_order();
 }
 

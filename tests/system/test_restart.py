@@ -87,9 +87,9 @@ class Supervised:
         self._lan = lan
         self.now = Daemon(options, namespace=lan)
 
-    def kill_and_start(self) -> None:
+    def kill_and_start(self, *more: str) -> None:
         assert self.now.child.kill() == -signal.SIGKILL
-        self.now = Daemon(self._options, namespace=self._lan)
+        self.now = Daemon([*self._options, *more], namespace=self._lan)
 
     def wait_for_driver(self) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -171,6 +171,24 @@ def test_F09_restarted_while_the_guest_is_paused(lan, start_guest, socket_folder
         guest.qemu.pause()
         vdev.kill_and_start()
         guest.qemu.resume()
+        vdev.wait_for_driver()
+        lan.run(["ping", "-c", "20", "-i", "0.05", "-w", "20", GUEST])
+        guest.stop()
+
+
+def test_F06_a_vdev_that_offers_less_than_the_guest_uses_says_so(lan, start_guest, socket_folder: Path) -> None:
+    path = socket_folder / "s"
+    with Supervised(["--socket-path", str(path), "--port", f"tap:{TAP},ip={HOST}/24"], lan) as vdev:
+        guest = start_guest(path, packed=True)
+        guest.set_address(f"{GUEST}/24")
+        lan.run(["ping", "-c", "5", "-i", "0.01", GUEST])
+        vdev.kill_and_start("--features", "-packed")
+        deadline = time.monotonic() + PATIENCE
+        while not vdev.now.events("session-end"):
+            assert time.monotonic() < deadline, vdev.now.child.log()
+            time.sleep(0.1)
+        assert "when the guest's driver uses a feature that is missing" in vdev.now.events("session-end")[0]["text"]
+        vdev.kill_and_start()
         vdev.wait_for_driver()
         lan.run(["ping", "-c", "20", "-i", "0.05", "-w", "20", GUEST])
         guest.stop()
