@@ -12,9 +12,9 @@ import pytest
 
 from ring.virtqueue import VirtQueue
 from vdev.net.features import Feature, mask
-from vdev.testing.netdriver import NetHeader
+from vdev.testing.netdriver import NetDriver, NetHeader
 from vdev.testing.rig import DeviceSide
-from vdev.testing.scripted import ScriptedGuest
+from vdev.testing.scripted import ScriptedGuest, ring_setup
 from vdev.testing.served import FRAME, ServedDevice, both_ways
 
 USUAL = mask(Feature.VERSION_1, Feature.MRG_RXBUF, Feature.EVENT_IDX)
@@ -81,12 +81,9 @@ def test_without_a_journal_packed_rings_are_refused_in_a_clear_line(journal: Pat
                             "the ring back")
         # A guest whose driver starts anew is served.
         guest.qemu.stop()
-        for driver in guest.drivers:
-            for queue in (driver.receiveq, driver.transmitq):
-                for area in queue.ring.areas:
-                    guest.memory.write(area.gpa, bytes(area.len))
-                queue.ring.__init__(guest.memory, 8, guest.features, *(area.gpa for area in queue.ring.areas))
-                queue._outstanding.clear()
+        guest.driver.close()
+        guest.drivers[0] = NetDriver(guest.memory, size=8, features=guest.features)
+        guest.qemu.rings = [ring_setup(queue) for queue in (guest.driver.receiveq, guest.driver.transmitq)]
         guest.qemu.reset()
         guest.qemu.start([], guest.features)
         guest.driver.fill()
