@@ -160,7 +160,8 @@ class VirtQueue:
 
         buffers: what is written to the guest's buffers (VHOST_F_LOG_ALL). used: what is written to the ring itself
         (VHOST_VRING_F_LOG), the used ring as lying at this gpa (log_guest_addr); None: nothing of it. vhost-user,
-        section "Migration".
+        section "Migration". Of a ring that was taken over, all that the device writes is marked once, as its
+        predecessor may have died before it marked what it wrote.
         """
         lib.vq_log(self._ours(), log.handle if log else ffi.NULL, buffers, used is not None, used or 0)
         self._log = log
@@ -176,7 +177,8 @@ class VirtQueue:
         """Begin where a predecessor that died on this ring stood. line: what it wrote (``struct journal_line *``;
         NULL: nothing), believed when it is about ``binding``. Before anything else is done with the queue.
 
-        Raises RingBroken when neither that nor the base fits the descriptors.
+        It may come before or after ``log``. Raises RingBroken when neither that nor the base fits the descriptors,
+        MemoryGone when the ring vanished.
         """
         completed = ffi.new("uint32_t *")
         answer = self._checked(lib.vq_take_over(self._ours(), line, binding, completed))

@@ -7,17 +7,19 @@ import contextlib
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from ring.dirty import PAGE, DirtyLog
 from ring.driver import Buffer, DriverQueue, GuestMemory
 from ring.errors import MemoryGone, SetupError
+from ring.journal import Journal
 from ring.pump import LaneEvent
 from ring.virtqueue import Chain, VirtQueue
 from vdev.net.features import Feature, mask
-from vdev.testing.dirty import FrontEndLog, covering, log_all, logged, pages
+from vdev.testing.dirty import FrontEndLog, changed, covering, log_all, logged, pages, written_parts
 from vdev.testing.netdriver import NetHeader
 from vdev.testing.rig import ENGINES, USUAL, DeviceSide, assert_serves, pumped
 
@@ -155,6 +157,79 @@ def test_closed_queue_marks_nothing():
         queue.close()
         chain.write(b"data")
         assert log.take() == set()
+
+
+# ------------------------------------------------------------------------------- of a predecessor that died
+
+
+class Successors:
+    """The processes that serve ring 0 of ``driver`` one after the other, each ending without being asked."""
+
+    def __init__(self, driver: DriverQueue, path: Path) -> None:
+        self._driver, self._path = driver, str(path / "journal")
+        self._base = driver.base
+
+    @contextlib.contextmanager
+    def next(self) -> Iterator[tuple[VirtQueue, Callable[[], object]]]:
+        """Its queue, and what takes the ring over."""
+        journal = Journal(self._path, 1)
+        with DeviceSide(self._driver.memory) as side:
+            queue = side.queue(self._driver, base=self._base)
+            yield queue, lambda: journal.take_over(0, queue, self._base)
+        journal.close()
+
+
+@pytest.mark.parametrize("log_first", [True, False], ids=["log, ring", "ring, log"])
+@FORMATS
+def test_F07_VU_LOG_B_02_what_a_killed_device_left_unmarked_is_marked(ring, log_first, tmp_path):
+    """What it stored last, and of a packed ring what its successor puts back. QEMU starts rings before it sends the
+    log; others may not."""
+    with (GuestMemory(1 << 20, gpa=1 << 20) as memory, DriverQueue(memory, 8, ring) as driver,
+          FrontEndLog(covering(memory)) as log):
+        lives = Successors(driver, tmp_path)
+        with lives.next() as (queue, take_over):
+            take_over()
+            chains = [served(driver, queue, Buffer(DATA, 9, True)) for _ in range(2)]
+            for chain in chains:  # and dies before it publishes, and before any mark
+                queue.push(chain, 4)
+        before = memory.snapshot()
+        with lives.next() as (queue, take_over):
+            if log_first:
+                queue.log(log.log, used=driver.ring.areas[2].gpa)
+                assert log.take() == set()
+                take_over()
+            else:
+                take_over()
+                queue.log(log.log, used=driver.ring.areas[2].gpa)
+            put_right = changed(memory, before)
+            assert bool(put_right) == bool(ring)
+            assert put_right <= pages(*written_parts(driver)) == log.take()
+            queue.log(log.log, used=driver.ring.areas[2].gpa)
+            assert log.take() == set()  # once
+            assert [queue.pop().writable_len for _ in chains] == [9, 9]
+
+
+def test_ring_begun_where_nobody_died_marks_nothing(tmp_path):
+    with logged(8, PACKED) as (driver, queue, log), contextlib.closing(Journal(str(tmp_path / "j"), 1)) as journal:
+        journal.take_over(0, queue, driver.base)
+        assert log.take() == set()
+
+
+@FORMATS
+def test_log_truncated_under_a_takeover(ring):
+    """With no journal it is not known whether somebody died."""
+    for log_first in (True, False):
+        with logged(8, ring) as (driver, queue, log):
+            if not log_first:
+                queue.log(None)
+                queue.take_over()
+            log.truncate()
+            if log_first:
+                with pytest.raises(MemoryGone, match="^the dirty log vanished"):
+                    queue.take_over()
+            else:
+                queue.log(log.log, used=USED)
+            assert queue.state.broken.code == "RING_E_LOG_GONE"
 
 
 # ------------------------------------------------------------------------------------------ what is no log

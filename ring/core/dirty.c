@@ -25,6 +25,9 @@
  *                  an address for the log of its own, which need not be in guest memory. A packed ring's used
  *                  descriptors overwrite available ones, and are marked where they are: the address for the log is
  *                  that of the device event suppression structure, for this is what QEMU calls its used ring
+ *     a restart    who was killed may have stored to the ring and not marked it, so the successor marks all of the
+ *                  device's half, as soon as it has both the ring and a log, whichever comes first (QEMU starts rings
+ *                  before it sends the log). A buffer needs no such care: it is marked before its chain is used
  *     a fault      when memory vanishes in the middle of a burst, all that may have been written (vq_vanished)
  *
  * Pieces carry no gpa, which the data path has no use for: it is looked up when something is marked. With the log off
@@ -120,6 +123,14 @@ static void dirty_ring(const struct vq *q)
     }
 }
 
+void dirty_inherited(struct vq *q)
+{
+    if (q->log_ring && q->inherited) {
+        dirty_ring(q);
+        q->inherited = false;
+    }
+}
+
 /* ----------------------------------------------------------------------------------------- contract */
 
 void vq_log(struct vq *q, struct dirty_log *log, int32_t buffers, int32_t ring, uint64_t used)
@@ -128,6 +139,12 @@ void vq_log(struct vq *q, struct dirty_log *log, int32_t buffers, int32_t ring, 
     q->log_buffers = log && buffers;
     q->log_ring = log && ring;
     q->log_used = used;
+    if (guard_enter()) {
+        vq_vanished(q, NULL, 0);
+        return;
+    }
+    dirty_inherited(q);
+    guard_leave();
 }
 
 int vq_mark(const struct vq *q, const struct piece *pieces, uint32_t count, uint64_t offset, uint64_t len)

@@ -275,6 +275,7 @@ struct vq {
     struct dirty_log *log;
     uint64_t log_used; /* gpa as which the used ring, or the device event suppression structure, is marked */
     uint64_t desc_gpa; /* of the descriptor table or ring */
+    bool inherited; /* what was stored to the ring before us may lack its mark: see dirty_inherited */
 };
 
 /* What the journal notes before this is stored before what the ring gets after it. The reader comes when the writer
@@ -306,6 +307,10 @@ int vq_vanished(struct vq *q, const struct piece *written, uint32_t count);
 void dirty_pieces(const struct vq *q, const struct piece *pieces, uint32_t count, uint64_t offset, uint64_t len);
 void dirty_used(const struct vq *q, const void *at, uint64_t len);
 void dirty_descriptors(const struct vq *q, const void *at, uint64_t len);
+
+/* A predecessor may have died between its last store and the mark of it, and vq_take_over stores to the ring as well:
+ * mark all of the device's half, once, when there is a log. */
+void dirty_inherited(struct vq *q);
 
 /* We wrote to these bytes of pieces. */
 static inline void wrote_pieces(const struct vq *q, const struct piece *pieces, uint32_t count, uint64_t offset,

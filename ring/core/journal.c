@@ -297,10 +297,13 @@ int vq_take_over(struct vq *q, const struct journal_line *line, uint64_t binding
     *completed_chains = 0;
     if (q->broken)
         return q->broken;
+    /* with no journal it is not known whether somebody died on this ring */
+    q->inherited = !line || line->binding == binding;
     if (guard_enter())
-        return vq_break(q, RING_E_MEMORY_GONE, 0);
+        return vq_vanished(q, NULL, 0);
     int answer = q->is_packed ? take_over_packed(q, line, binding, completed_chains)
                               : take_over_split(q, line, binding, completed_chains);
+    dirty_inherited(q);
     guard_leave();
     return answer < 0 ? vq_break(q, answer, q->next_avail) : answer;
 }

@@ -197,7 +197,8 @@ struct dirty_log {
  * buffers     the device-writable buffers it writes (VHOST_F_LOG_ALL)
  * ring        what it writes of the ring itself (VHOST_VRING_F_LOG): the used ring, and the device event
  *             suppression structure of a packed ring, as lying at gpa `used`, wherever that is (log_guest_addr);
- *             a packed ring's used descriptors where they are */
+ *             a packed ring's used descriptors where they are
+ * After vq_take_over this marks what a predecessor may have left unmarked; a log that vanishes then breaks the queue. */
 void vq_log(struct vq *q, struct dirty_log *log, int32_t buffers, int32_t ring, uint64_t used);
 /* Mark `len` bytes from `offset` bytes into these device-writable pieces, if the queue logs its buffers: after
  * pieces_write, even after one that failed. -> RING_OK or RING_E_LOG_GONE */
@@ -268,7 +269,7 @@ enum takeover {
 /* Take a new queue, made with the front-end's base, over from a predecessor that may have died on this ring. line:
  * what that one wrote, or NULL; believed when its binding is `binding` and the ring does not contradict.
  * *completed: chains that were completed by somebody else since. -> enum takeover; the code that broke the queue:
- * RING_E_POSITION, RING_E_MEMORY_GONE. */
+ * RING_E_POSITION, RING_E_MEMORY_GONE, RING_E_LOG_GONE. */
 int vq_take_over(struct vq *q, const struct journal_line *line, uint64_t binding, uint32_t *completed);
 /* From now on write down in `line` what is done to the ring. base: what the front-end said last. The queue's entries
  * of `line` must be backed by memory; binding is not 0. */
