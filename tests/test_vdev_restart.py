@@ -12,10 +12,10 @@ import pytest
 
 from ring.virtqueue import VirtQueue
 from vdev.net.features import Feature, mask
-from vdev.testing.netdriver import NetDriver, NetHeader
+from vdev.testing.netdriver import NetDriver
 from vdev.testing.rig import DeviceSide
 from vdev.testing.scripted import ScriptedGuest, ring_setup
-from vdev.testing.served import FRAME, ServedDevice, both_ways
+from vdev.testing.served import FRAME, ServedDevice, both_ways, receive
 
 USUAL = mask(Feature.VERSION_1, Feature.MRG_RXBUF, Feature.EVENT_IDX)
 PACKED = mask(Feature.RING_PACKED)
@@ -47,7 +47,7 @@ def serve_next(journal: Path, guest: ScriptedGuest, ring: int) -> None:
         guest.driver.transmitq.publish()
         guest.reconnect(served.connect())
         served.wait_for("driver")
-        assert served.port.wire[0].recv(4096)[NetHeader.SIZE:] == FRAME
+        assert receive(served.port.wire[0]) == FRAME
         assert guest.driver.reclaim_all(5)
         both_ways(served, guest)
         assert bool(served.lines("ring-taken-over")) == bool(ring)
