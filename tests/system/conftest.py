@@ -22,10 +22,15 @@ TEST_SECONDS = 2 * TOOL_SECONDS + 120
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Guests are slow, and what they are made of may have to be fetched: the usual limit is not for them."""
+    """Guests are slow, and what they are made of may have to be fetched: the usual limit is not for them.
+
+    Tests that share one guest (a fixture of their module) stay together and in order when pytest-xdist deals
+    the tests out (--dist=loadgroup)."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+            if "bench" in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{item.callspec.params['qemu']}"))
 
 
 def _made_by(tool: str) -> str:
