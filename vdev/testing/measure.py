@@ -20,18 +20,24 @@ class MeasurementError(RuntimeError):
 
 @dataclass(frozen=True)
 class PingReport:
-    """What became of ``sent`` requests. Times in milliseconds, None when no answer came."""
+    """What became of ``sent`` requests: which, as ping numbers them, had no answer. Times in milliseconds, None when
+    no answer came."""
 
     sent: int
-    received: int
+    unanswered: tuple[int, ...]
     minimum: float | None
     average: float | None
     maximum: float | None
 
     @property
+    def received(self) -> int:
+        """How many requests had an answer."""
+        return self.sent - self.lost
+
+    @property
     def lost(self) -> int:
-        """Requests without an answer."""
-        return self.sent - self.received
+        """How many requests had no answer."""
+        return len(self.unanswered)
 
 
 PATIENCE = 10  # seconds for the last answers
@@ -54,9 +60,9 @@ def parse_ping(text: str, count: int) -> PingReport:
     if "packets transmitted" not in text:
         raise MeasurementError(f"ping gave no summary: {text.strip()}")
     first = 1 if "icmp_seq=" in text else 0  # iputils' counts from one
-    answered = {int(number) for number in re.findall(r"seq=(\d+)", text)} & set(range(first, first + count))
+    unanswered = sorted(set(range(first, first + count)) - {int(number) for number in re.findall(r"seq=(\d+)", text)})
     times = re.search(r"min/avg/max\S* = ([\d.]+)/([\d.]+)/([\d.]+)", text)
-    return PingReport(count, len(answered), *(map(float, times.groups()) if times else (None,) * 3))
+    return PingReport(count, tuple(unanswered), *(map(float, times.groups()) if times else (None,) * 3))
 
 
 def ping_from_guest(guest: LinuxGuest, address: str, count: int, interval: float = 0.01,
