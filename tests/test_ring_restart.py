@@ -335,6 +335,27 @@ def test_F04_what_qemu_completed_in_the_middle_of_a_packed_ring_is_passed_over(b
         assert scene.driver.reclaim() == SIZE
 
 
+@pytest.mark.parametrize("gap", [False, True], ids=["", "gap"])
+@pytest.mark.parametrize("before", [0, 1, 3, 7])
+def test_a_front_end_that_asked_where_the_ring_stands_has_dropped_nothing(before: int, gap: bool) -> None:
+    """It hands that base back, or this device goes on by itself after it was only looked at."""
+    with Busy(before) as scene:
+        told = drained(scene, scene.base) if gap else scene.base
+        queue = scene.side.queue(scene.ring, base=told)
+        queue.take_over(scene.line.line, BINDING)
+        queue.record(scene.line.line, BINDING, told)
+        asked = scene.side.queue(scene.ring, base=queue.base)
+        assert asked.take_over(scene.line.line, BINDING) == Takeover(by_journal=False, completed=0)
+        asked.record(scene.line.line, BINDING, told)
+        mine = before if gap else SIZE
+        assert serve_on(asked) == [frame(number) for number in range(scene.next, scene.next + mine)]
+        assert scene.driver.reclaim() == SIZE
+        again = scene.side.queue(scene.ring, base=asked.base)
+        assert again.take_over(scene.line.line, BINDING) == Takeover(by_journal=False, completed=0)
+        scene.offer(range(100, 100 + SIZE))
+        assert serve_on(again) == [frame(number) for number in range(100, 100 + SIZE)]
+
+
 def test_F04_a_guest_that_waits_for_what_was_passed_over_is_called() -> None:
     with Busy(3) as scene:
         told = drained(scene, scene.base)

@@ -102,6 +102,25 @@ def test_a_base_that_was_answered_is_the_front_ends_from_then_on(journal: Path, 
 
 
 @every_ring
+@pytest.mark.parametrize("more", [False, True], ids=["", "another word"])
+def test_F04_a_ring_that_was_only_looked_at_before(journal: Path, ring: int, more: bool) -> None:
+    """QEMU's `info virtio-queue-status` asks for a base and forgets it; whatever it says next, and when."""
+    with ServedDevice(journal=journal) as first:
+        guest = ScriptedGuest(first.connect(), features=USUAL | ring, size=8)
+        both_ways(first, guest)
+        for turn, index in enumerate((0, 1, 0, 1), 1):
+            guest.front_end.get_vring_base(index)
+            if more:
+                guest.front_end.get_features()
+            first.wait_for("ring-resumed", turn)
+            guest.front_end.get_features()
+            both_ways(first, guest)
+        assert not first.lines("lost-while-away") and not first.lines("ring-taken-over")
+    with guest:
+        serve_next(journal, guest, ring)
+
+
+@every_ring
 def test_what_the_front_end_drops_meanwhile_is_counted(journal: Path, ring: int) -> None:
     with ServedDevice(journal=journal) as first:
         guest = ScriptedGuest(first.connect(), features=USUAL | ring, size=8)

@@ -65,9 +65,11 @@ class Backend:
 
     def handle(self, request: Accepted) -> Result:
         """Do what ``request`` asks -> what to answer. Raises EngineStuck, after which only close() is left."""
-        # A front-end that goes on speaking has read the last answer: it knows where these rings stand.
-        while self._answered:
-            self.engine.forget(self._answered.pop())
+        # A front-end that goes on speaking has read the last answer: it knows where these rings stand. One that only
+        # looked at a ring remembers nothing, and comes back with the base of the last start.
+        for index in [ring for ring in self._answered if not self.session.state.resumable(ring)]:
+            self.engine.forget(index)
+            self._answered.discard(index)
         handler = _HANDLERS.get(request.kind)
         try:
             if handler is None:
@@ -294,6 +296,7 @@ class Backend:
         for index in range(len(self.session.rings)):
             if self.session.state.resumable(index):
                 self.session.resume(index)
+                self._answered.discard(index)
                 self.log.info("ring-resumed", f"{ring_name(index)} was asked for its base and not started again, while "
                               "others run (QEMU's `info virtio-queue-status` does that): going on with it", ring=index)
         try:

@@ -234,14 +234,19 @@ static int trust_base(const struct vq *q, struct place base)
 
 static int take_over_packed(struct vq *q, const struct journal_line *line, uint64_t binding, uint32_t *completed_chains)
 {
-    struct place base = {q->next_avail, q->avail_wrap};
+    const struct place told = {q->next_avail, q->avail_wrap};
+    struct place base = told;
     struct found f;
 
     if (!line || line->binding != binding || q->next_used != q->next_avail || q->used_wrap != q->avail_wrap)
         return trust_base(q, base);
-    struct place start = place_of(line->base), gap_from = base;
+    struct place start = place_of(line->base);
     if (!in_ring(q, start))
         return RING_E_POSITION;
+    /* A front-end that asked where we stood, and says so, has moved no further than one that did not ask. */
+    if (follow(q, line, line->gap & GAP_THERE, &f) && same(f.at, base))
+        base = start;
+    struct place gap_from = base;
     uint32_t chains = same(start, base) ? 0 : completed(q, start, base);
     if (without_traces(q, base)) {
         /* nothing was published, so the base is right; but the first chain of a batch may have lost its length */
@@ -274,7 +279,7 @@ static int take_over_packed(struct vq *q, const struct journal_line *line, uint6
         return RING_E_POSITION;
     go_on_at(q, f.at);
     *completed_chains = chains;
-    return same(f.at, base) ? TAKEOVER_BASE : TAKEOVER_JOURNAL;
+    return same(f.at, told) ? TAKEOVER_BASE : TAKEOVER_JOURNAL;
 }
 
 /* The ring says where it stood; the line only tells whether a front-end that names its last start's base is out of
