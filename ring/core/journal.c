@@ -232,20 +232,20 @@ static int trust_base(const struct vq *q, struct place base)
     return plausible(q, base) ? TAKEOVER_BASE : RING_E_POSITION;
 }
 
-static int take_over_packed(struct vq *q, const struct journal_line *line, uint64_t binding, uint32_t *completed_chains)
+/* Not inlined: its variables would live in the frame that the guard jumps back to. */
+static __attribute__((noinline)) int take_over_packed(struct vq *q, const struct journal_line *line, uint64_t binding,
+                                                      uint32_t *completed_chains)
 {
     const struct place told = {q->next_avail, q->avail_wrap};
-    struct place base = told;
     struct found f;
 
     if (!line || line->binding != binding || q->next_used != q->next_avail || q->used_wrap != q->avail_wrap)
-        return trust_base(q, base);
+        return trust_base(q, told);
     struct place start = place_of(line->base);
     if (!in_ring(q, start))
         return RING_E_POSITION;
     /* A front-end that asked where we stood, and says so, has moved no further than one that did not ask. */
-    if (follow(q, line, line->gap & GAP_THERE, &f) && same(f.at, base))
-        base = start;
+    const struct place base = follow(q, line, line->gap & GAP_THERE, &f) && same(f.at, told) ? start : told;
     struct place gap_from = base;
     uint32_t chains = same(start, base) ? 0 : completed(q, start, base);
     if (without_traces(q, base)) {
