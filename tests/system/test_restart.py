@@ -6,7 +6,7 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -15,6 +15,7 @@ import pytest
 
 from vdev.testing.daemon import Daemon
 from vdev.testing.guest import LinuxGuest
+from vdev.testing.measure import tcp_both_ways
 from vdev.testing.netns import Namespace
 
 HOST, GUEST = "10.12.0.1", "10.12.0.2"
@@ -66,19 +67,6 @@ def gap_after(answers: list[tuple[float, int]], killed: float) -> Gap:
     return Gap(after[0] - before[0], after[1] - before[1] - 1)
 
 
-@contextlib.contextmanager
-def tcp_both_ways(guest: LinuxGuest, lan: Namespace) -> Iterator[subprocess.Popen]:
-    """One TCP connection in each direction, as fast as they go, that nothing opens again."""
-    guest.check("iperf3 -s -D && sleep 0.5")
-    load = lan.popen(["iperf3", "-c", GUEST, "-t", "3600", "--bidir"], stdout=subprocess.DEVNULL,
-                     stderr=subprocess.DEVNULL)
-    try:
-        yield load
-    finally:
-        load.kill()
-        load.wait()
-
-
 class Supervised:
     """A vdev that is started again whenever it was killed; a context manager."""
 
@@ -119,7 +107,7 @@ def killed_and_restarted(lan: Namespace, start_guest: Callable[..., LinuxGuest],
         guest.set_address(f"{GUEST}/24")
         booted = guest.check("cat /proc/sys/kernel/random/boot_id")
         pings = stack.enter_context(contextlib.closing(Pings(lan, stack.enter_context(open(folder / "pings", "w")))))
-        load = stack.enter_context(tcp_both_ways(guest, lan))
+        load = stack.enter_context(tcp_both_ways(guest, lan, GUEST))
         pings.wait_for_answers_after(time.time())
         for _ in range(times):
             killed = time.time()

@@ -1,10 +1,13 @@
 """Measurements between a Linux guest and its host: ping and iperf3, with their reports understood."""
 
+import contextlib
 import itertools
 import json
 import math
 import re
 import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vdev.testing.guest import LinuxGuest
@@ -114,6 +117,20 @@ def tcp(guest: LinuxGuest, namespace: Namespace, guest_address: str, *, to_guest
     except (ValueError, KeyError):
         raise MeasurementError(f"iperf3 failed: {done.stdout[-500:]}{done.stderr}"
                                f"in the guest: {guest.run('cat /tmp/iperf3.log').output[-500:]}") from None
+
+
+@contextlib.contextmanager
+def tcp_both_ways(guest: LinuxGuest, namespace: Namespace, guest_address: str) -> Iterator[subprocess.Popen]:
+    """One TCP connection in each direction, as fast as they go, that nothing opens again -> iperf3, which ends if one
+    of them does."""
+    guest.check("iperf3 -s -D && sleep 0.5")
+    load = namespace.popen(["iperf3", "-c", guest_address, "-t", "3600", "--bidir"], stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+    try:
+        yield load
+    finally:
+        load.kill()
+        load.wait()
 
 
 @dataclass(frozen=True)
