@@ -19,8 +19,12 @@ def test_rows_are_consistent(kind):
     fewest, most = row.fds
     assert 0 <= fewest <= most <= FDS_MAX
     assert (row.ring is not None) == (row.payload in (wire.VRING_STATE, wire.VRING_ADDR, wire.VRING_FD))
-    assert row.from_device == (kind is Request.GET_VRING_BASE)
-    assert (row.reply is not None) == kind.name.startswith("GET_")
+    assert (row.reply is not None) == (row.source is not None or row.from_device)
+    assert not (row.source is not None and row.from_device)
+    assert not row.acked or row.reply is None
+    assert row.refusal is None or row.reply.decode(row.reply.encode(row.refusal)) == row.refusal
+    if kind not in (Request.SET_DEVICE_STATE_FD, Request.CHECK_DEVICE_STATE):
+        assert (row.reply is not None) == kind.name.startswith("GET_")
 
 
 @pytest.mark.parametrize("kind", NOT_HANDLED, ids=lambda kind: kind.name)

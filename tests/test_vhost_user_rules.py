@@ -17,16 +17,17 @@ from vhost_user.errors import Close, Nack, PeerError
 from vhost_user.fds import OwnedFds
 from vhost_user.requests import REQUESTS
 from vhost_user.session import Result, Session
-from vhost_user.spec import NEED_REPLY_FLAG, VERSION, ProtocolFeature, Request, mask
+from vhost_user.spec import NEED_REPLY_FLAG, VERSION, Direction, ProtocolFeature, Request, mask
 from vhost_user.state import Offer
-from vhost_user.wire import U64, MemTable, Region, VringAddr, VringFd, VringState
+from vhost_user.wire import U64, Log, MemTable, Region, StateTransfer, VringAddr, VringFd, VringState
 
 LOG_ALL, BIT_30, VERSION_1, PACKED = 1 << 26, 1 << 30, 1 << 32, 1 << 34
 FEATURES = BIT_30 | VERSION_1 | 1 << 15
 REPLY_ACK = mask(ProtocolFeature.REPLY_ACK)
 PROTOCOL = REPLY_ACK | mask(ProtocolFeature.MQ, ProtocolFeature.RARP, ProtocolFeature.MTU,
                             ProtocolFeature.BACKEND_REQ, ProtocolFeature.RESET_DEVICE,
-                            ProtocolFeature.CONFIGURE_MEM_SLOTS, ProtocolFeature.STATUS)
+                            ProtocolFeature.CONFIGURE_MEM_SLOTS, ProtocolFeature.STATUS,
+                            ProtocolFeature.LOG_SHMFD, ProtocolFeature.DEVICE_STATE)
 OFFER = Offer(FEATURES, PROTOCOL, rings=4, queue_num=2, max_mem_slots=3)
 REGION = Region(0x100000, 0x100000, 0x7F0000000000, 0)
 ADDR = VringAddr(0, 0, 0x7F0000000000, 0x7F0000003000, 0x7F0000002000, 0)
@@ -97,6 +98,7 @@ def test_P12_descriptors_on_a_message_that_takes_none(session, fds):
 
 
 @pytest.mark.parametrize(("kind", "payload", "fds"), [
+    (Request.SET_LOG_BASE, Log(0x1000, 0), 0), (Request.SET_LOG_BASE, Log(0x1000, 0), 2), (Request.SET_LOG_FD, None, 0),
     (Request.ADD_MEM_REG, REGION, 0), (Request.ADD_MEM_REG, REGION, 2), (Request.SET_BACKEND_REQ_FD, None, 0),
     (Request.SET_MEM_TABLE, MemTable((REGION, replace(REGION, gpa=0, uva=0))), 1),
     (Request.SET_MEM_TABLE, MemTable((REGION,)), 2), (Request.SET_MEM_TABLE, MemTable((REGION,)), 0),
@@ -123,7 +125,7 @@ def test_unknown_requests(session, number):
 
 @pytest.mark.parametrize("kind", [
     Request.POSTCOPY_ADVISE, Request.POSTCOPY_LISTEN, Request.POSTCOPY_END, Request.IOTLB_MSG,
-    Request.SET_VRING_ENDIAN, Request.SET_LOG_BASE, Request.GET_CONFIG, Request.SET_CONFIG])
+    Request.SET_VRING_ENDIAN, Request.GET_CONFIG, Request.SET_CONFIG])
 def test_P61_P99_requests_of_features_that_are_not_offered(session, kind):
     refuse(session, kind, bytes(32), fds=1, match=f"^{kind.name}: .* was not offered")
 
@@ -312,6 +314,41 @@ def test_P74_the_log_flag_of_a_started_ring_may_change():
 def test_address_flags_that_were_not_offered(session, flags):
     refuse(session, Request.SET_VRING_ADDR, replace(ADDR, flags=flags), match="flags")
 
+
+# -------------------------------------------------------------------------------------------- migration
+
+@pytest.mark.parametrize(("log", "text"), [
+    (Log(0, 0), "the log has no bytes"), (Log(0, 0x1000), "the log has no bytes"),
+    (Log(0x1000, 2**64 - 0x1000), "goes beyond"), (Log(2**64 - 1, 1), "goes beyond"), (Log(1 << 63, 0), "goes beyond"),
+    (Log(0x1000, (1 << 63) - 0x1000), "goes beyond")])
+def test_P87_a_log_that_makes_no_sense(session, log, text):
+    refuse(session, Request.SET_LOG_BASE, log, fds=1, match=text)
+
+
+def test_the_log_and_its_descriptor_need_LOG_SHMFD(session):
+    do(session, Request.SET_PROTOCOL_FEATURES, U64(REPLY_ACK))
+    for kind, payload in ((Request.SET_LOG_BASE, Log(0x1000, 0)), (Request.SET_LOG_FD, None)):
+        refuse(session, kind, payload, fds=1, match="LOG_SHMFD was not negotiated")
+
+
+@pytest.mark.parametrize(("transfer", "text"), [
+    (StateTransfer(2, 0), "direction 2 is neither"), (StateTransfer(0xFFFFFFFF, 0), "is neither"),
+    (StateTransfer(Direction.SAVE, 1), "phase 1 is not 0"), (StateTransfer(Direction.LOAD, 0xFFFFFFFF), "is not 0")])
+@pytest.mark.parametrize("need_reply", [True, False])
+def test_VU_DST_B_03_a_refused_transfer_is_answered_without_descriptor(session, transfer, text, need_reply):
+    before, descriptors = session.state, open_fds()
+    with pytest.raises(Nack, match=text) as nack:
+        session.accept(message(Request.SET_DEVICE_STATE_FD, transfer, 1, need_reply))
+    assert nack.value.reply == struct.pack("=IIIQ", Request.SET_DEVICE_STATE_FD, 0x5, 8, 0x101)
+    assert (session.state, open_fds()) == (before, descriptors)
+
+
+def test_no_state_is_transferred_while_a_ring_runs(started):
+    with pytest.raises(Nack, match="a ring is started"):
+        started.accept(message(Request.SET_DEVICE_STATE_FD, StateTransfer(0, 0), 1))
+
+
+# ------------------------------------------------------------------------------------------------ rings, on
 
 @pytest.mark.parametrize("base", [0x10000, 0x80008000, 0xFFFFFFFF])
 def test_P75_base_of_more_than_16_bits(session, base):

@@ -14,7 +14,7 @@ from vhost_user.requests import REQUESTS
 from vhost_user.session import Result, Session
 from vhost_user.spec import NEED_REPLY_FLAG, VERSION, ProtocolFeature, Request, mask
 from vhost_user.state import Notifier, Offer, RingState, Run
-from vhost_user.wire import U64, MemTable, Region, VringAddr, VringFd, VringState
+from vhost_user.wire import U64, Log, MemTable, Region, VringAddr, VringFd, VringState
 
 PROTOCOL = mask(ProtocolFeature.MQ, ProtocolFeature.RARP, ProtocolFeature.REPLY_ACK, ProtocolFeature.MTU,
                 ProtocolFeature.BACKEND_REQ, ProtocolFeature.RESET_DEVICE,
@@ -428,3 +428,48 @@ def test_the_request_tells_its_content():
     assert len(request.fds) == 0
     assert str(ask(negotiated(), Request.SET_OWNER)) == "SET_OWNER"
     assert wire.Nothing() == ask(negotiated(), Request.SET_OWNER).payload
+
+
+# ------------------------------------------------------------------------------------------ migration
+
+@pytest.mark.parametrize("need_reply", [False, True])
+def test_VU_REPLY_B_02_the_log_is_answered_for_whether_asked_or_not(need_reply):
+    session = negotiated(offer=replace(OFFER, protocol_features=PROTOCOL | mask(ProtocolFeature.LOG_SHMFD)))
+    request = ask(session, Request.SET_LOG_BASE, Log(0x800, 0x1000), fds=1, need_reply=need_reply)
+    assert session.answer(request, Result.ok()) == ack(Request.SET_LOG_BASE)
+    assert session.state.log == Log(0x800, 0x1000)
+
+
+def test_P90_a_log_that_is_no_good_is_only_refused_where_that_is_heard():
+    session = negotiated(offer=replace(OFFER, protocol_features=PROTOCOL | mask(ProtocolFeature.LOG_SHMFD)))
+    do(session, Request.SET_LOG_BASE, Log(0x800, 0), fds=1)
+    for need_reply, error in ((True, Nack), (False, Close)):
+        request = ask(session, Request.SET_LOG_BASE, Log(0x1000, 0), fds=1, need_reply=need_reply)
+        with pytest.raises(error, match="too short"):
+            session.answer(request, Result.refused("too short"))
+    assert session.state.log == Log(0x800, 0)
+
+
+def test_reset_device_keeps_the_log_and_forgets_LOG_ALL():
+    session = negotiated(offer=replace(OFFER, features=FEATURES | LOG_ALL,
+                                       protocol_features=PROTOCOL | mask(ProtocolFeature.LOG_SHMFD)))
+    do(session, Request.SET_LOG_BASE, Log(0x800, 0), fds=1)
+    do(session, Request.SET_FEATURES, U64(FEATURES | LOG_ALL))
+    assert session.state.logs_buffers
+    do(session, Request.RESET_DEVICE)
+    assert session.state.log == Log(0x800, 0) and not session.state.logs_buffers
+
+
+def test_a_ring_that_has_to_log_waits_for_the_log():
+    session = negotiated(offer=replace(OFFER, features=FEATURES | LOG_ALL,
+                                       protocol_features=PROTOCOL | mask(ProtocolFeature.LOG_SHMFD)))
+    do(session, Request.SET_STATUS, U64(0xF))
+    start(session, 0)
+    assert session.state.runnable(0) and not session.state.runnable(1)
+    do(session, Request.SET_VRING_ADDR, replace(ADDR, flags=1, log=0x5000))
+    assert not session.state.runnable(0)
+    do(session, Request.SET_VRING_ADDR, ADDR)
+    do(session, Request.SET_FEATURES, U64(FEATURES | LOG_ALL))
+    assert not session.state.runnable(0)
+    do(session, Request.SET_LOG_BASE, Log(0x800, 0), fds=1)
+    assert session.state.runnable(0)

@@ -6,7 +6,7 @@ import pytest
 
 from vhost_user import wire
 from vhost_user.errors import Refused
-from vhost_user.wire import U64, MemTable, Region, VringAddr, VringFd, VringState
+from vhost_user.wire import U64, Log, MemTable, Region, StateTransfer, VringAddr, VringFd, VringState
 
 REGIONS = (Region(0, 0xA0000, 0x7F0000000000, 0), Region(0xC0000, 0x7F40000, 0x7F00000C0000, 0xC0000))
 
@@ -22,6 +22,8 @@ SAMPLES = [
     (wire.MEM_TABLE, MemTable(REGIONS),
      struct.pack("=II", 2, 0) + struct.pack("=QQQQ", 0, 0xA0000, 0x7F0000000000, 0)
      + struct.pack("=QQQQ", 0xC0000, 0x7F40000, 0x7F00000C0000, 0xC0000)),
+    (wire.LOG, Log(0x800, 0x1000), struct.pack("=QQ", 0x800, 0x1000)),
+    (wire.STATE_TRANSFER, StateTransfer(1, 0), struct.pack("=II", 1, 0)),
     (wire.NOTHING, wire.Nothing(), b""),
 ]
 

@@ -22,6 +22,7 @@ from ring.errors import RingBroken, SetupError
 from ring.guestmem import DEFAULT_POLICY, Policy
 from ring.journal import JournalError
 from ring.virtqueue import VirtQueue
+from vdev.dirty_log import SessionLog
 from vdev.engine import Engine, EngineStuck, ring_name
 from vdev.journal import no_journal
 from vdev.logs import EventLog
@@ -52,6 +53,7 @@ class Backend:
         self.port = port
         self.log = log
         self.memory = SessionMemory(engine, policy)
+        self.dirty = SessionLog(log)
         self._stopped_at: dict[int, int] = {}  # bases of rings that SET_STATUS 0 stopped
         self._told: dict[int, int] = {}  # bases as SET_VRING_BASE gave them
         self._answered: set[int] = set()  # rings whose base was just answered
@@ -94,6 +96,19 @@ class Backend:
         left = self.session.after(request).regions
         if not any(region.same_place(request.payload) for region in left):
             self._lost(self.memory.remove(request.payload))
+
+    def _set_protocol_features(self, request: Accepted) -> None:
+        self.dirty.explain(self.session.offer, request.payload.value)
+
+    def _set_log_base(self, request: Accepted) -> None:
+        log = request.payload
+        with self.dirty.replaced(request.fds[0], log.size, log.offset):
+            self._settle(self.session.after(request))
+
+    def _set_log_fd(self, request: Accepted) -> None:
+        """A back-end may signal it when it marked something, and need not: QEMU looks into the log by itself."""
+        if not _is_eventfd(request.fds[0]):
+            raise _Refuse("the log descriptor is no eventfd")
 
     def _set_vring_base(self, request: Accepted) -> None:
         self._stopped_at.pop(request.payload.index, None)
@@ -158,14 +173,16 @@ class Backend:
     def _settle(self, state: State) -> None:
         """Make the engine agree with ``state``. Raises _Refuse or PortError, and nothing changed."""
         engine = self.engine
-        wanted = {index for index, ring in enumerate(state.rings) if ring.started and state.driver_ok}
+        wanted = {index for index in range(len(state.rings)) if state.runnable(index)}
         running = set(engine.running())
         enabled = [ring.enabled for ring in state.rings]
-        features = state.features
+        features = state.features & ~mask(Feature.LOG_ALL)  # which is about the device, not for the guest
+        marks = {index: self.dirty.marks(state, index) for index in wanted}
         mtu = state.mtu if state.mtu and features & mask(Feature.MTU) else 0
         parked = any(state.resumable(index) for index in range(len(state.rings)))
         if (wanted == running and enabled == [ring.enabled for ring in engine.rings]
-                and (features, mtu, parked) == (engine.features, engine.mtu, engine.watch_kicks)):
+                and (features, mtu, parked) == (engine.features, engine.mtu, engine.watch_kicks)
+                and all(engine.rings[index].marks == wish for index, wish in marks.items())):
             return
         fresh = self._build(state, wanted - running)
         forgotten: list[int] = []
@@ -178,8 +195,10 @@ class Backend:
                     self._stopped_at[index] = engine.stop(index)
                     engine.forget(index)
                 for index, queue in fresh.items():
-                    engine.rings[index].queue = queue
+                    engine.run(index, queue)
                     self._stopped_at.pop(index, None)
+                for index, wish in marks.items():
+                    engine.mark(index, wish)
                 for ring, known in zip(engine.rings, state.rings, strict=True):
                     ring.enabled = known.enabled
                     if known.kick is Notifier.UNSET and ring.kick >= 0:
@@ -192,6 +211,7 @@ class Backend:
             raise
         for fd in forgotten:
             os.close(fd)
+        self.dirty.report(state)
         if not features:
             self._stopped_at.clear()
         self._reported -= running - wanted | fresh.keys()
@@ -254,7 +274,7 @@ class Backend:
         if self._introduced:
             return
         self._introduced = True
-        listed = names(state.features & ~mask(Feature.PROTOCOL_FEATURES))
+        listed = names(state.features & ~mask(Feature.PROTOCOL_FEATURES, Feature.LOG_ALL))
         pairs = sum(ring.enabled for ring in state.rings[::2])
         rings = "packed" if state.features & mask(Feature.RING_PACKED) else "split"
         order = ", used in order" if state.features & mask(Feature.IN_ORDER) else ""
@@ -315,7 +335,9 @@ class Backend:
             fds = []  # the stuck worker may still use them
         if self.engine.abandoned != self._abandoned:
             self.memory.abandon()
+            self.dirty.abandon()
         self.memory.close()
+        self.dirty.close()
         try:
             self.port.set_offloads(0)
             self._enable_pairs([False] * len(self.engine.rings))
@@ -332,6 +354,9 @@ _HANDLERS: dict[Request, Callable[[Backend, Accepted], int | None]] = {
     Request.SET_MEM_TABLE: Backend._set_mem_table,
     Request.ADD_MEM_REG: Backend._add_mem_reg,
     Request.REM_MEM_REG: Backend._rem_mem_reg,
+    Request.SET_PROTOCOL_FEATURES: Backend._set_protocol_features,
+    Request.SET_LOG_BASE: Backend._set_log_base,
+    Request.SET_LOG_FD: Backend._set_log_fd,
     Request.SET_VRING_BASE: Backend._set_vring_base,
     Request.GET_VRING_BASE: Backend._get_vring_base,
     Request.SET_VRING_KICK: Backend._set_vring_kick,

@@ -10,6 +10,7 @@ import time
 
 from ring.pump import LaneEvent
 from vdev.backend import Backend
+from vdev.dirty_log import GONE
 from vdev.engine import EngineStuck
 from vhost_user.codec import Message
 from vhost_user.errors import Close, Disconnected, Nack
@@ -94,6 +95,8 @@ class Connection:
 
     def on_news(self, events: LaneEvent) -> None:
         """A worker reported something."""
+        if events & LaneEvent.LOG_GONE:
+            raise Close(GONE)
         if events & LaneEvent.MEMORY_GONE:
             raise Close("guest memory vanished: the front-end truncated its file, or the file system behind it ran out "
                         "of room; give QEMU memory-backend-memfd, and enough of it")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from ring.dirty import DirtyLog
 from ring.errors import QueueBusy, RingError, SetupError, named
 from ring.guestmem import GuestMemory
 from ring.journal import Journal
@@ -25,11 +26,21 @@ class EngineStuck(Exception):
     """A worker did not leave the device in time: its memory cannot be unmapped, the session must end."""
 
 
+@dataclass(frozen=True)
+class Marks:
+    """What a ring marks in the dirty log: see VirtQueue.log."""
+
+    log: DirtyLog
+    buffers: bool
+    used: int | None
+
+
 @dataclass
 class Ring:
     """One ring as the engine runs it. Descriptors stay the caller's; -1: none."""
 
     queue: VirtQueue | None = None  # started
+    marks: Marks | None = None
     enabled: bool = False
     kick: int = -1
     call: int = -1
@@ -144,10 +155,23 @@ class Engine:
         """Stop ring ``index``, which runs -> its base."""
         ring = self.rings[index]
         with self.paused():
-            queue, ring.queue = ring.queue, None
+            queue, ring.queue, ring.marks = ring.queue, None, None
         base = queue.base
         queue.close()
         return base
+
+    def run(self, index: int, queue: VirtQueue) -> None:
+        """Run ``queue`` as ring ``index``. Call it paused."""
+        self.rings[index].queue, self.rings[index].marks = queue, None
+
+    def mark(self, index: int, marks: Marks | None) -> None:
+        """Have ring ``index``, which runs, mark what it writes so from now on. Call it paused."""
+        ring = self.rings[index]
+        if marks is None:
+            ring.queue.log(None)
+        else:
+            ring.queue.log(marks.log, used=marks.used, buffers=marks.buffers)
+        ring.marks = marks
 
     def running(self) -> list[int]:
         """The rings that have a queue, broken ones included."""

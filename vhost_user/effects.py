@@ -10,7 +10,7 @@ from typing import Any
 
 from .spec import VirtioBit
 from .state import Event, Notifier, State
-from .wire import U64, MemTable, Region, VringAddr, VringFd, VringState
+from .wire import U64, Log, MemTable, Region, VringAddr, VringFd, VringState
 
 Effect = Callable[[State, Any, Any], State]
 
@@ -46,6 +46,10 @@ def rem_mem_reg(state: State, payload: Region, _body: Any) -> State:
     return replace(state, regions=tuple(regions))
 
 
+def set_log_base(state: State, payload: Log, _body: Any) -> State:
+    return replace(state, log=payload)
+
+
 def set_status(state: State, payload: U64, _body: Any) -> State:
     # Zero stops the rings but forgets nothing: some front-ends ask for the base after it.
     stored = replace(state, status=payload.value)
@@ -57,11 +61,11 @@ def net_set_mtu(state: State, payload: U64, _body: Any) -> State:
 
 
 def reset_device(state: State, _payload: Any, _body: Any) -> State:
-    # Guest memory, call and err eventfds and protocol features belong to the session, not to the device: a
-    # front-end does not send them again.
+    # Guest memory, the log, call and err eventfds and protocol features belong to the session, not to the device:
+    # a front-end does not send them again.
     rings = tuple(replace(ring, num=0, addr=None, base=0, kick=Notifier.UNSET)
                   for ring in state.all_rings(Event.RESET).rings)
-    return State(rings, protocol_features=state.protocol_features, regions=state.regions)
+    return State(rings, protocol_features=state.protocol_features, regions=state.regions, log=state.log)
 
 
 def set_vring_num(state: State, payload: VringState, _body: Any) -> State:

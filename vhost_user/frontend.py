@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from .codec import Message, encode
 from .errors import Disconnected
-from .spec import ProtocolFeature, Request, VirtioBit, request_name
+from .spec import ProtocolFeature, Request, VirtioBit, mask, request_name
 from .transport import Transport
 from .wire import (
+    LOG,
     MEM_TABLE,
     SINGLE_REGION,
     U64,
@@ -25,6 +26,7 @@ from .wire import (
     VRING_ADDR,
     VRING_FD,
     VRING_STATE,
+    Log,
     MemTable,
     Region,
     VringAddr,
@@ -59,8 +61,8 @@ class SharedRegion:
 
 @dataclass(frozen=True)
 class RingSetup:
-    """All a back-end has to know of one ring. ``desc``, ``avail`` and ``used`` are uva; ``kick``, ``call``
-    and ``err`` are eventfds that stay the caller's, None for none."""
+    """All a back-end has to know of one ring. ``desc``, ``avail`` and ``used`` are uva, ``log`` is the gpa of the
+    used ring in the dirty log; ``kick``, ``call`` and ``err`` are eventfds that stay the caller's, None for none."""
 
     num: int
     desc: int
@@ -70,6 +72,7 @@ class RingSetup:
     call: int | None
     err: int | None = None
     base: int = 0
+    log: int = 0
 
 
 class FrontEnd:
@@ -320,6 +323,20 @@ class FrontEnd:
         fds = [] if fd is None else [fd]
         self.request(kind, VRING_FD.encode(VringFd(index, fd is not None)), fds, need_reply=need_reply)
 
+    # ---------------------------------------------------------------------------------------- migration
+
+    def set_log_base(self, fd: int, size: int, offset: int = 0, need_reply: bool | None = None) -> None:
+        """Share a dirty log: ``size`` bytes of ``fd`` from ``offset``. Raises RequestRefused.
+
+        It is answered in any case; need_reply is only whether the flag is set, which QEMU does not.
+        """
+        asked = (self.ack if need_reply is None else need_reply) and self.has(ProtocolFeature.REPLY_ACK)
+        self.request(Request.SET_LOG_BASE, LOG.encode(Log(size, offset)), [fd], need_reply=asked, answered=not asked)
+
+    def set_log_fd(self, fd: int, need_reply: bool | None = None) -> None:
+        """Give the back-end an eventfd that it may signal when it marked something."""
+        self.request(Request.SET_LOG_FD, fds=[fd], need_reply=need_reply)
+
     # ------------------------------------------------------------------------------------------ network
 
     def net_set_mtu(self, mtu: int, need_reply: bool | None = None) -> None:
@@ -335,7 +352,8 @@ class FrontEnd:
     def negotiate(self, features: int | None = None, protocol_features: int | None = None) -> int:
         """Agree on as much as both sides want: all that is offered, or what is offered of the masks given.
 
-        Bit 30 is set wherever it is offered. Returns the virtio features set.
+        Bit 30 is set wherever it is offered, and LOG_ALL only if asked for: it is no feature of the guest but says
+        that a migration is under way. Returns the virtio features set.
         """
         offered = self.get_features()
         protocol_bit = offered & 1 << VirtioBit.PROTOCOL_FEATURES
@@ -343,5 +361,6 @@ class FrontEnd:
             there = self.get_protocol_features()
             self.set_protocol_features(there if protocol_features is None else there & protocol_features)
         self.set_owner()
-        self.set_features(offered if features is None else offered & features | protocol_bit)
+        wanted = ~mask(VirtioBit.LOG_ALL) if features is None else features
+        self.set_features(offered & wanted | protocol_bit)
         return self.features

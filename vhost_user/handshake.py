@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .frontend import FrontEnd, RingSetup, SharedRegion
-from .spec import ProtocolFeature, Status, VirtioBit, mask
+from .spec import VRING_LOG_FLAG, ProtocolFeature, Status, VirtioBit, mask
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,26 @@ class Qemu:
         if self.version.status_last:
             self._set_status(0)
         return bases
+
+    def log(self, fd: int, size: int) -> None:
+        """A migration begins: writes are to be marked in the ``size`` bytes of ``fd``, while the rings run."""
+        for pair in range(len(self.rings) // 2):
+            if pair == 0 or not self.version.memory_once:
+                self.frontend.set_log_base(fd, size, need_reply=False)
+            self._logging(pair, True)
+
+    def unlog(self) -> None:
+        """The migration failed or was cancelled: no write is to be marked any more."""
+        for pair in range(len(self.rings) // 2):
+            self._logging(pair, False)
+
+    def _logging(self, pair: int, on: bool) -> None:
+        frontend, log_all = self.frontend, mask(VirtioBit.LOG_ALL)
+        frontend.set_features(frontend.features & ~log_all | (log_all if on else 0), need_reply=True)
+        for index in (2 * pair, 2 * pair + 1):
+            ring = self.rings[index]
+            frontend.set_vring_addr(index, ring.desc, ring.avail, ring.used, flags=VRING_LOG_FLAG if on else 0,
+                                    log=ring.log, need_reply=True)
 
     def _enable(self, index: int, enabled: bool) -> None:
         frontend = self.frontend

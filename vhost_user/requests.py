@@ -5,15 +5,16 @@ refused with the reason given in NOT_HANDLED.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from . import effects, rules, wire
 from .effects import Effect
 from .errors import Refused
 from .rules import Rule
-from .spec import FDS_MAX, ProtocolFeature, Request, VirtioBit
+from .spec import FDS_MAX, STATE_NOFD, ProtocolFeature, Request, VirtioBit
 from .state import Event, Offer, State
-from .wire import U64
+from .wire import U64, VringState
 
 Gate = Callable[[Offer, State], None]
 
@@ -62,6 +63,9 @@ class Row:
     effect   what changes when it was accepted and done
     reply    layout of its answer; None: it is answered only where need_reply asks for an acknowledgement
     source   gives the body of the answer, where the session knows it
+    body     makes it of the payload and the number that the device answered, where only the device knows
+    refusal  the body of the answer that says no; None: the answer has no room for it
+    acked    is acknowledged whether need_reply asks for it or not
     """
 
     payload: wire.Layout | wire.MemTableLayout = wire.NOTHING
@@ -72,11 +76,22 @@ class Row:
     effect: Effect = effects.nothing
     reply: wire.Layout | None = None
     source: Source | None = None
+    body: Callable[[Any, int], Any] | None = None
+    refusal: Any = None
+    acked: bool = False
 
     @property
     def from_device(self) -> bool:
         """Only the device knows what to answer."""
-        return self.reply is not None and self.source is None
+        return self.body is not None
+
+
+def _base(payload: VringState, value: int) -> VringState:
+    return replace(payload, num=value)
+
+
+def _device_u64(_payload: Any, value: int) -> U64:
+    return U64(value)
 
 
 def _own_u64(value: Callable[[Offer, State], int]) -> Source:
@@ -85,6 +100,7 @@ def _own_u64(value: Callable[[Offer, State], int]) -> Source:
 
 _SLOTS = _negotiated(ProtocolFeature.CONFIGURE_MEM_SLOTS)
 _STATUS = _negotiated(ProtocolFeature.STATUS)
+_DEVICE_STATE = _negotiated(ProtocolFeature.DEVICE_STATE)
 
 REQUESTS: dict[Request, Row] = {
     # Negotiation
@@ -125,7 +141,8 @@ REQUESTS: dict[Request, Row] = {
     Request.SET_VRING_BASE: Row(
         wire.VRING_STATE, ring=Event.BASE, rule=rules.set_vring_base, effect=effects.set_vring_base),
     Request.GET_VRING_BASE: Row(
-        wire.VRING_STATE, ring=Event.GET_BASE, effect=effects.get_vring_base, reply=wire.VRING_STATE),
+        wire.VRING_STATE, ring=Event.GET_BASE, effect=effects.get_vring_base, reply=wire.VRING_STATE,
+        body=_base),
     Request.SET_VRING_KICK: Row(
         wire.VRING_FD, fds=(0, 1), ring=Event.KICK, rule=rules.set_vring_kick, effect=effects.set_vring_kick),
     Request.SET_VRING_CALL: Row(
@@ -135,6 +152,17 @@ REQUESTS: dict[Request, Row] = {
     Request.SET_VRING_ENABLE: Row(
         wire.VRING_STATE, gate=_bit_30, ring=Event.ENABLE, rule=rules.set_vring_enable,
         effect=effects.set_vring_enable),
+    # Migration. A front-end does not look at what is answered to SET_LOG_BASE, only that something is
+    # ("Communication"): an answer that says no would be taken for a yes, unless it is the acknowledgement asked for.
+    Request.SET_LOG_BASE: Row(
+        wire.LOG, fds=(1, 1), gate=_negotiated(ProtocolFeature.LOG_SHMFD), rule=rules.set_log_base,
+        effect=effects.set_log_base, acked=True),
+    Request.SET_LOG_FD: Row(fds=(1, 1), gate=_negotiated(ProtocolFeature.LOG_SHMFD)),
+    Request.SET_DEVICE_STATE_FD: Row(
+        wire.STATE_TRANSFER, fds=(1, 1), gate=_DEVICE_STATE, rule=rules.set_device_state_fd,
+        reply=wire.U64_LAYOUT, body=_device_u64, refusal=U64(STATE_NOFD | 1)),
+    Request.CHECK_DEVICE_STATE: Row(
+        gate=_DEVICE_STATE, reply=wire.U64_LAYOUT, body=_device_u64, refusal=U64(1)),
     # Network
     Request.SEND_RARP: Row(wire.U64_LAYOUT, gate=_negotiated(ProtocolFeature.RARP)),
     Request.NET_SET_MTU: Row(
@@ -145,8 +173,6 @@ REQUESTS: dict[Request, Row] = {
 # Requests of the specification that have no row, by what a front-end would have to negotiate before it sends
 # them - which it cannot, as this is not offered.
 NOT_HANDLED: dict[Request, str] = {
-    Request.SET_LOG_BASE: "LOG_SHMFD",
-    Request.SET_LOG_FD: "LOG_ALL (virtio bit 26)",
     Request.IOTLB_MSG: "ACCESS_PLATFORM (virtio bit 33)",
     Request.SET_VRING_ENDIAN: "CROSS_ENDIAN",
     Request.GET_CONFIG: "CONFIG",
@@ -161,8 +187,6 @@ NOT_HANDLED: dict[Request, str] = {
     Request.GPU_SET_SOCKET: "a GPU device",
     Request.VRING_KICK: "INBAND_NOTIFICATIONS",
     Request.GET_SHARED_OBJECT: "SHARED_OBJECT",
-    Request.SET_DEVICE_STATE_FD: "DEVICE_STATE",
-    Request.CHECK_DEVICE_STATE: "DEVICE_STATE",
     Request.GET_SHMEM_CONFIG: "SHMEM",
     Request.GET_VRING_BASE_SKIP_DRAIN: "GET_VRING_BASE_SKIP_DRAIN",
 }

@@ -9,9 +9,19 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .errors import Refused
-from .spec import MTU_MAX, MTU_MIN, VRING_LOG_FLAG, ProtocolFeature, VirtioBit, bit_names, mask
+from .spec import (
+    MTU_MAX,
+    MTU_MIN,
+    STOPPED_PHASE,
+    VRING_LOG_FLAG,
+    Direction,
+    ProtocolFeature,
+    VirtioBit,
+    bit_names,
+    mask,
+)
 from .state import Offer, State
-from .wire import U64, MemTable, Region, VringAddr, VringFd, VringState
+from .wire import U64, Log, MemTable, Region, StateTransfer, VringAddr, VringFd, VringState
 
 Rule = Callable[[Offer, State, Any, int], None]
 
@@ -57,6 +67,28 @@ def set_status(_offer: Offer, _state: State, payload: U64, _fds: int) -> None:
     if payload.value > 0xFF:
         raise Refused(f"status {payload.value:#x} is more than a byte",
                       "the front-end must send the virtio device status")
+
+
+def set_log_base(_offer: Offer, _state: State, payload: Log, _fds: int) -> None:
+    if not payload.size:
+        raise Refused("the log has no bytes", "the front-end must send one with a bit for each page of guest memory",
+                      "Log description")
+    if payload.offset + payload.size >= _OFFSET_END:
+        raise Refused(f"the log's offset {payload.offset:#x} + size {payload.size:#x} goes beyond {_OFFSET_END:#x}",
+                      "the front-end must send the log's true place in its file", "Log description")
+
+
+def set_device_state_fd(_offer: Offer, state: State, payload: StateTransfer, _fds: int) -> None:
+    if payload.direction not in (Direction.SAVE, Direction.LOAD):
+        raise Refused(f"direction {payload.direction} is neither 0 (save) nor 1 (load)",
+                      "the front-end must send one of them", "Device state transfer parameters")
+    if payload.phase != STOPPED_PHASE:
+        raise Refused(f"phase {payload.phase} is not {STOPPED_PHASE} (stopped), the only one there is",
+                      "the front-end must transfer the state when all rings are stopped",
+                      "Device state transfer parameters")
+    if state.running:
+        raise Refused("a ring is started", "the front-end must stop all rings with GET_VRING_BASE first",
+                      "Migrating back-end state")
 
 
 def net_set_mtu(_offer: Offer, _state: State, payload: U64, _fds: int) -> None:

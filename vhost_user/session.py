@@ -16,7 +16,7 @@ Descriptors belong to the message, then to the accepted request, and are closed 
 nobody took them: on refusal and at the end of :meth:`Session.answer`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from .codec import Message, encode, encode_ack
@@ -66,7 +66,8 @@ class Result:
 
     @classmethod
     def ok(cls, value: int | None = None) -> "Result":
-        """Done. ``value`` is for GET_VRING_BASE, and due there: the next available index."""
+        """Done. ``value`` is due where only the device knows the answer: for GET_VRING_BASE the next available
+        index, else the whole of it."""
         return cls(value=value)
 
     @classmethod
@@ -154,7 +155,7 @@ class Session:
             self.state = row.effect(self.state, accepted.payload, body)
             if row.reply is not None:
                 return encode(accepted.kind, row.reply.encode(body), reply=True)
-            return encode_ack(accepted.kind, success=True) if accepted.need_reply else None
+            return encode_ack(accepted.kind, success=True) if accepted.need_reply or row.acked else None
 
     def resume(self, index: int) -> None:
         """Start ring ``index`` again, at the base last answered, after it was stopped behind the driver's
@@ -184,10 +185,12 @@ class Session:
                           "the front-end must attach what the message is specified with")
 
     def _body(self, accepted: Accepted, base: int | None) -> Any:
-        """The body of a reply: the session's own knowledge, or for GET_VRING_BASE ``base``."""
+        """The body of a reply: the session's own knowledge, or what the device answered."""
         row, payload = accepted.row, accepted.payload
         if row.from_device:
-            return replace(payload, num=self.rings[payload.index].base if base is None else base)
+            if base is None:
+                base = self.rings[payload.index].base if row.ring else 0
+            return row.body(payload, base)
         return row.source(self.offer, self.state) if row.source else None
 
 
@@ -198,6 +201,8 @@ def _subject(name: str, payload: Any) -> str:
 
 def _no(request: int, text: str, need_reply: bool, row: Row | None) -> PeerError:
     """The refusal as what it means for the connection."""
+    if row is not None and row.refusal is not None:
+        return Nack(text, encode(request, row.reply.encode(row.refusal), reply=True))
     if need_reply and (row is None or row.reply is None):
         return Nack(text, encode_ack(request, success=False))
     why = "the request has no way to be refused" if need_reply else "no acknowledgement was asked for"

@@ -11,8 +11,8 @@ the next one, so a request that is refused half way cannot leave half a change b
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from .spec import QUEUE_SIZE_MAX, ProtocolFeature, Status, VirtioBit
-from .wire import Region, VringAddr
+from .spec import QUEUE_SIZE_MAX, VRING_LOG_FLAG, ProtocolFeature, Status, VirtioBit
+from .wire import Log, Region, VringAddr
 
 
 class Run(Enum):
@@ -162,6 +162,7 @@ class State:
     status: int = 0
     mtu: int | None = None
     regions: tuple[Region, ...] = ()
+    log: Log | None = None
 
     def has(self, feature: ProtocolFeature) -> bool:
         """``feature`` was negotiated with SET_PROTOCOL_FEATURES."""
@@ -182,6 +183,24 @@ class State:
         then. Before that no buffer may be consumed, even from a ring that is started (virtio 1.x, "Device
         Status Field")."""
         return not self.has(ProtocolFeature.STATUS) or bool(self.status & Status.DRIVER_OK)
+
+    @property
+    def logs_buffers(self) -> bool:
+        """What the device writes to buffers has to be marked in the log (VHOST_F_LOG_ALL, "Migration")."""
+        return self.has_virtio(VirtioBit.LOG_ALL)
+
+    def logs_ring(self, index: int) -> bool:
+        """What the device writes to ring ``index`` itself has to be marked (VHOST_VRING_F_LOG, "Migration")."""
+        addr = self.rings[index].addr
+        return addr is not None and bool(addr.flags & VRING_LOG_FLAG)
+
+    def runnable(self, index: int) -> bool:
+        """Ring ``index`` may be processed: it is started, the driver is ready, and if its writes have to be marked,
+        there is a log. QEMU shares the log after it has started the rings when a guest reboots while it migrates;
+        what was written until then would be lost.
+        """
+        return (self.rings[index].started and self.driver_ok
+                and (self.log is not None or not (self.logs_buffers or self.logs_ring(index))))
 
     def resumable(self, index: int) -> bool:
         """Ring ``index`` was stopped behind a running driver's back.

@@ -83,6 +83,22 @@ class MemTable:
     regions: tuple[Region, ...]
 
 
+@dataclass(frozen=True)
+class Log:
+    """The dirty log: ``size`` bytes of the file that comes along, from byte ``offset`` ("Log description")."""
+
+    size: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class StateTransfer:
+    """Which way the device's state goes, and when ("Device state transfer parameters")."""
+
+    direction: int
+    phase: int
+
+
 class Layout:
     """One payload format: its name for people, its size in bytes, and both directions of translation."""
 
@@ -146,6 +162,8 @@ _ADDR = Struct("index" / Int32un, "flags" / Int32un, "desc" / Int64un, "used" / 
                "log" / Int64un)
 _REGION = Struct("gpa" / Int64un, "size" / Int64un, "uva" / Int64un, "offset" / Int64un)
 _SINGLE = Struct("padding" / Int64un, "region" / _REGION)
+_LOG = Struct("size" / Int64un, "offset" / Int64un)
+_TRANSFER = Struct("direction" / Int32un, "phase" / Int32un)
 _TABLE_HEAD = Struct("count" / Int32un, "padding" / Int32un)
 
 
@@ -167,6 +185,9 @@ VRING_FD = Layout("u64", _U64, _vring_fd,
                   lambda ring: {"value": ring.index | (0 if ring.fd else VRING_NOFD)})
 VRING_ADDR = Layout("vring address description", _ADDR,
                     lambda r: VringAddr(r.index, r.flags, r.desc, r.used, r.avail, r.log), vars)
+LOG = Layout("log description", _LOG, lambda r: Log(r.size, r.offset), vars)
+STATE_TRANSFER = Layout("device state transfer parameters", _TRANSFER,
+                        lambda r: StateTransfer(r.direction, r.phase), vars)
 MEM_TABLE = MemTableLayout()
 SINGLE_REGION = Layout("single memory region description", _SINGLE, lambda r: _region(r.region),
                        lambda region: {"padding": 0, "region": vars(region)})

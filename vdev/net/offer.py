@@ -20,13 +20,14 @@ from vhost_user.spec import ProtocolFeature as P
 # without PROTOCOL_FEATURES QEMU silently falls back to serving the guest itself, without a network.
 FIXED = mask(F.VERSION_1, F.PROTOCOL_FEATURES)
 
-ALWAYS = FIXED | mask(F.MTU, F.MRG_RXBUF, F.GUEST_ANNOUNCE, F.INDIRECT_DESC, F.EVENT_IDX, F.RING_PACKED,
-                      F.IN_ORDER)
+ALWAYS = FIXED | mask(F.MTU, F.MRG_RXBUF, F.GUEST_ANNOUNCE, F.LOG_ALL, F.INDIRECT_DESC, F.EVENT_IDX,
+                      F.RING_PACKED, F.IN_ORDER)
 
 # What vdev can offer at all, if the port goes along.
 IMPLEMENTED = ALWAYS | OFFLOADS | mask(F.MQ)
 
-PROTOCOL = mask(P.MQ, P.RARP, P.REPLY_ACK, P.MTU, P.BACKEND_REQ, P.RESET_DEVICE, P.CONFIGURE_MEM_SLOTS, P.STATUS)
+PROTOCOL = mask(P.MQ, P.LOG_SHMFD, P.RARP, P.REPLY_ACK, P.MTU, P.BACKEND_REQ, P.RESET_DEVICE, P.CONFIGURE_MEM_SLOTS,
+                P.STATUS)
 
 # feature -> it needs at least one of these; what others need comes before what needs it
 _NEEDS = {
@@ -55,6 +56,12 @@ def without_orphans(features: int) -> int:
 def possible(carries: Carries, queue_pairs: int) -> int:
     """All the virtio features a device with this port and so many queue pairs can honour."""
     return ALWAYS | carries.offloads | (mask(F.MQ) if queue_pairs > 1 else 0)
+
+
+def protocol_features(virtio: int) -> int:
+    """The mask GET_PROTOCOL_FEATURES answers beside the ``virtio`` features offered: there is no way to share a log
+    where there is no log."""
+    return PROTOCOL if virtio & mask(F.LOG_ALL) else PROTOCOL & ~mask(P.LOG_SHMFD)
 
 
 def virtio_features(carries: Carries, queue_pairs: int, removed: int = 0) -> int:

@@ -70,10 +70,10 @@ def pages(*ranges: tuple[int, int]) -> set[int]:
     return {page for gpa, length in ranges if length for page in range(gpa // PAGE, (gpa + length - 1) // PAGE + 1)}
 
 
-def changed(memory: GuestMemory, before: Iterable[bytes]) -> set[int]:
-    """The pages of ``memory`` that differ from its snapshot ``before``."""
+def changed(memory: GuestMemory, before: Iterable[bytes], after: Iterable[bytes] | None = None) -> set[int]:
+    """The pages of ``memory`` that differ between its snapshots; after: None: now."""
     found = set()
-    for region, old, new in zip(memory.regions, before, memory.snapshot(), strict=True):
+    for region, old, new in zip(memory.regions, before, after or memory.snapshot(), strict=True):
         start, end = region.gpa, region.gpa + region.size
         while old != new and start < end:
             next_page = min((start // PAGE + 1) * PAGE, end)

@@ -21,7 +21,7 @@ def ring_setup(queue: DriverQueue) -> RingSetup:
     """What a front-end tells the back-end of a driver's ``queue``."""
     desc, avail, used = (queue.memory.uva(area.gpa) for area in queue.ring.areas)
     return RingSetup(num=queue.ring.size, desc=desc, avail=avail, used=used, base=queue.base,
-                     kick=queue.kick_fd, call=queue.call_fd)
+                     kick=queue.kick_fd, call=queue.call_fd, log=queue.ring.areas[2].gpa)
 
 
 def shared_regions(memory: GuestMemory) -> list[SharedRegion]:
