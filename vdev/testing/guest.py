@@ -60,11 +60,12 @@ class LinuxGuest:
     def __init__(self, program: QemuProgram, image: Image, network: Sequence[str], *, cpus: int = 1,
                  namespace: Namespace | None = None) -> None:
         self._tokens = itertools.count(1)
-        self.qemu = Qemu(program, ["-kernel", str(image.kernel), "-initrd", str(image.initrd),
-                                   "-append", KERNEL_OPTIONS, "-smp", str(cpus),
-                                   # No option ROM: this guest does not boot from the network.
-                                   "-global", "virtio-net-pci.romfile=", *network],
-                         namespace=namespace)
+        self._program = program
+        self._machine = ["-kernel", str(image.kernel), "-initrd", str(image.initrd),
+                         "-append", KERNEL_OPTIONS, "-smp", str(cpus),
+                         # No option ROM: this guest does not boot from the network.
+                         "-global", "virtio-net-pci.romfile="]
+        self.qemu = Qemu(program, [*self._machine, *network], namespace=namespace)
         self.console = Console(self.qemu.serial)
         try:
             self.wait_until_up()
@@ -113,6 +114,16 @@ class LinuxGuest:
         self.check(f"ip link set {interface} up")
         for address in addresses:
             self.check(f"ip addr add {address} dev {interface}")
+
+    def twin(self, network: Sequence[str], namespace: Namespace | None = None) -> Qemu:
+        """Another QEMU with the same machine on ``network``, which waits for this guest to migrate to it."""
+        return Qemu(self._program, [*self._machine, *network, "-incoming", "defer"], namespace=namespace)
+
+    def follow(self, qemu: Qemu) -> None:
+        """The guest has migrated to ``qemu``: obey there from now on. The QEMU it left is ended."""
+        self.qemu.stop()
+        self.console.close()
+        self.qemu, self.console = qemu, Console(qemu.serial)
 
     def reboot(self) -> None:
         """Reboot from inside; returns when the guest obeys again, with no address on its interface."""

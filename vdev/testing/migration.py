@@ -1,0 +1,179 @@
+"""Live migration of a real guest from one QEMU process to another, and what is seen of it from outside.
+
+Both QEMUs run here, joined by a Unix socket. A guest that migrates keeps its memory, its processors and its
+addresses; its devices' back-ends it finds anew at the other end (QEMU, docs/devel/migration).
+"""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from vdev.testing.guest import LinuxGuest
+from vdev.testing.netns import Namespace
+from vdev.testing.process import Child
+from vdev.testing.qemu import Qemu, QmpError
+
+SECONDS = 240  # for a whole migration under load, on a machine that has other things to do
+# As much bandwidth as there is, and time enough to stop in for a guest that writes all the while.
+PARAMETERS = {"max-bandwidth": 0, "downtime-limit": 500}
+
+
+class MigrationFailed(RuntimeError):
+    """The guest did not get to the other side. The text says how far it came, in QEMU's words."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What QEMU says of a migration that is over. downtime and total in milliseconds, transferred in bytes of guest
+    memory, rounds: how often the dirty log was collected."""
+
+    downtime: int
+    total: int
+    transferred: int
+    rounds: int
+
+
+def _status(qemu: Qemu) -> dict:
+    return qemu.qmp.execute("query-migrate")
+
+
+def _await(qemu: Qemu, wanted: Sequence[str], seconds: float = SECONDS) -> dict:
+    """Wait until the migration of ``qemu`` is in one of these states. Raises MigrationFailed."""
+    deadline = time.monotonic() + seconds
+    while (found := _status(qemu)).get("status") not in wanted:
+        if found.get("status") in ("failed", "cancelled") or time.monotonic() > deadline:
+            raise MigrationFailed(f"waited for {' or '.join(wanted)}, and it is {json.dumps(found)}")
+        time.sleep(0.02)
+    return found
+
+
+def migrate(guest: LinuxGuest, network: Sequence[str], *, namespace: Namespace | None = None, postcopy: bool = False,
+            on_way: Callable[[], None] = lambda: None) -> Report:
+    """Move ``guest`` to a new QEMU on ``network``, with which it obeys afterwards.
+
+    network: QEMU options as for LinuxGuest; the MAC has to be the same. namespace: where the new QEMU runs.
+    postcopy: let the guest go on at the other side while most of its memory is still here. on_way: called when the
+    first round of copying is under way. Raises MigrationFailed, ProcessDied, QmpError, and the guest is where it was.
+    """
+    with tempfile.TemporaryDirectory(prefix="vdev-migration-") as folder:
+        uri = f"unix:{folder}/socket"
+        there = guest.twin(network, namespace)
+        try:
+            for qemu in (guest.qemu, there):
+                set_up(qemu, postcopy=postcopy)
+            there.qmp.execute("migrate-incoming", {"uri": uri})
+            guest.qemu.qmp.execute("migrate", {"uri": uri})
+            _await(guest.qemu, ["active", "completed"])
+            on_way()
+            if postcopy:
+                guest.qemu.qmp.execute("migrate-start-postcopy")
+            done = _await(guest.qemu, ["completed"])
+            _await_running(there)
+        except QmpError as error:
+            failure = there.child.died(f"the guest did not arrive ({error})")
+            there.kill()
+            raise MigrationFailed(str(failure)) from None
+        except BaseException:
+            there.kill()
+            raise
+    guest.follow(there)
+    ram = done["ram"]
+    return Report(done.get("downtime", 0), done["total-time"], ram["transferred"], ram["dirty-sync-count"])
+
+
+def set_up(qemu: Qemu, *, postcopy: bool = False, **parameters: int) -> None:
+    """Prepare either side; ``parameters`` as migrate-set-parameters has them, with _ for -."""
+    if postcopy:
+        qemu.qmp.execute("migrate-set-capabilities",
+                         {"capabilities": [{"capability": "postcopy-ram", "state": True}]})
+    named = {name.replace("_", "-"): value for name, value in parameters.items()}
+    qemu.qmp.execute("migrate-set-parameters", PARAMETERS | named)
+
+
+def _await_running(qemu: Qemu, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while (found := qemu.qmp.execute("query-status")["status"]) != "running":
+        if time.monotonic() > deadline:
+            raise MigrationFailed(f"the guest arrived and does not run: {found}")
+        time.sleep(0.01)
+
+
+def start_and_cancel(guest: LinuxGuest, started: Callable[[], None]) -> None:
+    """Begin to migrate to nowhere, call ``started`` once memory is copied and writes are logged, and cancel."""
+    set_up(guest.qemu, max_bandwidth=1 << 20)  # slow enough never to get done
+    guest.qemu.qmp.execute("migrate", {"uri": "exec:cat >/dev/null"})
+    _await(guest.qemu, ["active"])
+    started()
+    guest.qemu.qmp.execute("migrate_cancel")
+    _await(guest.qemu, ["cancelled"])
+
+
+class Pings:
+    """Ten pings a second from ``namespace`` to ``address`` until :meth:`stop`; a context manager."""
+
+    def __init__(self, namespace: Namespace, address: str, interval: float = 0.1) -> None:
+        self._child = Child(["ping", "-n", "-i", str(interval), address], namespace=namespace)
+
+    def answered(self) -> list[int]:
+        """The numbers of the requests that were answered so far; they begin with 1."""
+        return [int(number) for number in re.findall(r"icmp_seq=(\d+) ttl", self._child.log())]
+
+    def await_answers(self, count: int, seconds: float = 60) -> None:
+        """Wait for so many more answers. Raises MigrationFailed."""
+        wanted, deadline = len(self.answered()) + count, time.monotonic() + seconds
+        while len(self.answered()) < wanted:
+            if time.monotonic() > deadline:
+                raise MigrationFailed(f"{count} answers did not come within {seconds:g} s: {self._child.log()[-500:]}")
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        """End it -> how many requests before the last one answered have no answer."""
+        self._child.signal(signal.SIGINT)
+        self._child.wait(5)
+        numbers = set(self.answered())
+        self._child.stop()
+        return max(numbers, default=0) - len(numbers)
+
+    def __enter__(self) -> "Pings":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._child.stop()
+
+
+class Echo:
+    """Random bytes to a guest and back all the while, compared (vdev/testing/echo.py); a context manager.
+
+    In the guest runs an echo server on ``port``. Raises GuestError.
+    """
+
+    def __init__(self, guest: LinuxGuest, namespace: Namespace, address: str, port: int = 7) -> None:
+        listening = f":{port:04X} [0-9A-F]+:0000 0A"  # local port, any peer, state TCP_LISTEN
+        guest.check(f"nc -ll -p {port} -e cat >/dev/null 2>&1 & "
+                    f"until grep -Eq '{listening}' /proc/net/tcp /proc/net/tcp6; do sleep 0.05; done")
+        self._process = namespace.popen([sys.executable, "-m", "vdev.testing.echo", address, str(port)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def stop(self) -> int:
+        """End it -> bytes that came back as they were sent. Raises MigrationFailed for a byte that did not."""
+        said, _ = self._process.communicate(timeout=60)
+        found = json.loads(said)
+        if found["problem"]:
+            raise MigrationFailed(f"after {found['bytes']} bytes: {found['problem']}")
+        return found["bytes"]
+
+    def __enter__(self) -> "Echo":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            stream.close()
