@@ -22,6 +22,7 @@ from ring.errors import RingBroken, SetupError
 from ring.guestmem import DEFAULT_POLICY, Policy
 from ring.journal import JournalError
 from ring.virtqueue import VirtQueue
+from vdev.device_state import StateError
 from vdev.dirty_log import SessionLog
 from vdev.engine import Engine, EngineStuck, ring_name
 from vdev.journal import no_journal
@@ -29,8 +30,9 @@ from vdev.logs import EventLog
 from vdev.memory import SessionMemory
 from vdev.net.features import Feature, mask, names
 from vdev.ports.base import Port, PortError
+from vdev.session_state import SessionState
 from vhost_user.session import Accepted, Result, Session
-from vhost_user.spec import Request
+from vhost_user.spec import STATE_NOFD, Request
 from vhost_user.state import Notifier, State
 
 RARP_INTERVAL = 0.02  # seconds between announcements; QEMU sends five, 50 ms and more apart
@@ -54,6 +56,7 @@ class Backend:
         self.log = log
         self.memory = SessionMemory(engine, policy)
         self.dirty = SessionLog(log)
+        self.state = SessionState(engine, port, session.offer, log)
         self._stopped_at: dict[int, int] = {}  # bases of rings that SET_STATUS 0 stopped
         self._told: dict[int, int] = {}  # bases as SET_VRING_BASE gave them
         self._answered: set[int] = set()  # rings whose base was just answered
@@ -78,7 +81,7 @@ class Backend:
                 self._settle(self.session.after(request))
                 return Result.ok()
             return Result.ok(handler(self, request))
-        except (SetupError, PortError, _Refuse) as reason:
+        except (SetupError, PortError, StateError, _Refuse) as reason:
             return Result.refused(str(reason))
         except OSError as error:
             return Result.refused(f"{os.strerror(error.errno).lower()}; vdev ran out of a resource")
@@ -109,6 +112,14 @@ class Backend:
         """A back-end may signal it when it marked something, and need not: QEMU looks into the log by itself."""
         if not _is_eventfd(request.fds[0]):
             raise _Refuse("the log descriptor is no eventfd")
+
+    def _set_device_state_fd(self, request: Accepted) -> int:
+        self.state.begin(request.payload.direction, request.fds.take(), self.session.state)
+        return STATE_NOFD
+
+    def _check_device_state(self, request: Accepted) -> int:
+        self.state.check()
+        return 0
 
     def _set_vring_base(self, request: Accepted) -> None:
         self._stopped_at.pop(request.payload.index, None)
@@ -328,6 +339,7 @@ class Backend:
 
     def close(self) -> None:
         """End of the session: nothing of it is left in the engine, the port or the file table."""
+        self.state.close()
         fds = [fd for ring in self.engine.rings for fd in (ring.kick, ring.call, ring.err) if fd >= 0]
         try:
             self.engine.reset()
@@ -357,6 +369,8 @@ _HANDLERS: dict[Request, Callable[[Backend, Accepted], int | None]] = {
     Request.SET_PROTOCOL_FEATURES: Backend._set_protocol_features,
     Request.SET_LOG_BASE: Backend._set_log_base,
     Request.SET_LOG_FD: Backend._set_log_fd,
+    Request.SET_DEVICE_STATE_FD: Backend._set_device_state_fd,
+    Request.CHECK_DEVICE_STATE: Backend._check_device_state,
     Request.SET_VRING_BASE: Backend._set_vring_base,
     Request.GET_VRING_BASE: Backend._get_vring_base,
     Request.SET_VRING_KICK: Backend._set_vring_kick,

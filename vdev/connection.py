@@ -44,8 +44,8 @@ class Connection:
     @property
     def deadline(self) -> float | None:
         """When :meth:`on_deadline` is due (``time.monotonic``); None: nothing is pending."""
-        pending = [when for when in (self._transport.deadline, self._resume_at, self._port_retry_at)
-                   if when is not None]
+        pending = [when for when in (self._transport.deadline, self._resume_at, self._port_retry_at,
+                                     self._backend.state.deadline) if when is not None]
         return min(pending, default=None)
 
     def on_readable(self) -> None:
@@ -82,8 +82,9 @@ class Connection:
             self._transport.send(reply)
 
     def on_deadline(self) -> None:
-        """Something is due: half a message, a parked ring, a lost port."""
+        """Something is due: half a message, a parked ring, a lost port, the device's state."""
         self._transport.expire()
+        self._backend.state.advance()
         now = time.monotonic()
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None

@@ -16,12 +16,13 @@ class FlowStats(Protocol):
 
 
 Reading = tuple[FlowStats, FlowStats]  # (from_guest, to_guest)
+Counts = dict[str, dict[str, Any]]  # {"from_guest": {"frames": n, ..., "dropped": {reason: n}}, "to_guest": {...}}
 
 COUNTERS = ("frames", "bytes", "gso_frames", "kicks", "calls")
 
 
-def between(before: Reading, after: Reading) -> dict[str, dict[str, Any]]:
-    """The counts since ``before``: ``{"from_guest": {"frames": n, ..., "dropped": {reason: n}}, ...}``."""
+def between(before: Reading, after: Reading) -> Counts:
+    """The counts since ``before``."""
     return {name: _difference(*flows)
             for name, *flows in zip(("from_guest", "to_guest"), before, after, strict=True)}
 
@@ -33,7 +34,19 @@ def _difference(before: FlowStats, after: FlowStats) -> dict[str, Any]:
     return counts
 
 
-def sentence(traffic: dict[str, dict[str, Any]]) -> str:
+def added(one: Counts, other: Counts) -> Counts:
+    """The sum of two."""
+    return {way: _sum(one[way], other[way]) for way in one}
+
+
+def _sum(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    counts: dict[str, Any] = {name: one[name] + other[name] for name in COUNTERS}
+    counts["dropped"] = {reason: one["dropped"].get(reason, 0) + other["dropped"].get(reason, 0)
+                         for reason in {**one["dropped"], **other["dropped"]}}
+    return counts
+
+
+def sentence(traffic: Counts) -> str:
     """E.g. ``from guest 12 frames, 980 bytes, none dropped; to guest ...``."""
     return "; ".join(f"{name.replace('_', ' ')} {flow['frames']} frames, {flow['bytes']} bytes, "
                      f"{_losses(flow['dropped'])}" for name, flow in traffic.items())

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 from .codec import Message, encode
 from .errors import Disconnected
-from .spec import ProtocolFeature, Request, VirtioBit, mask, request_name
+from .spec import STOPPED_PHASE, ProtocolFeature, Request, VirtioBit, mask, request_name
 from .transport import Transport
 from .wire import (
     LOG,
     MEM_TABLE,
     SINGLE_REGION,
+    STATE_TRANSFER,
     U64,
     U64_LAYOUT,
     VRING_ADDR,
@@ -29,6 +30,7 @@ from .wire import (
     Log,
     MemTable,
     Region,
+    StateTransfer,
     VringAddr,
     VringFd,
     VringState,
@@ -332,6 +334,17 @@ class FrontEnd:
         """
         asked = (self.ack if need_reply is None else need_reply) and self.has(ProtocolFeature.REPLY_ACK)
         self.request(Request.SET_LOG_BASE, LOG.encode(Log(size, offset)), [fd], need_reply=asked, answered=not asked)
+
+    def set_device_state_fd(self, direction: int, fd: int, phase: int = STOPPED_PHASE) -> int:
+        """Give the back-end ``fd`` to save its state to or load it from -> what it answers: STATE_NOFD if it uses
+        that descriptor, with a lower bit set if it refuses."""
+        payload = STATE_TRANSFER.encode(StateTransfer(direction, phase))
+        reply = self.request(Request.SET_DEVICE_STATE_FD, payload, [fd], answered=True)
+        return U64_LAYOUT.decode(reply.payload).value
+
+    def check_device_state(self) -> int:
+        """What became of the transfer: 0 for success."""
+        return self._ask(Request.CHECK_DEVICE_STATE)
 
     def set_log_fd(self, fd: int, need_reply: bool | None = None) -> None:
         """Give the back-end an eventfd that it may signal when it marked something."""

@@ -27,7 +27,7 @@ ALWAYS = FIXED | mask(F.MTU, F.MRG_RXBUF, F.GUEST_ANNOUNCE, F.LOG_ALL, F.INDIREC
 IMPLEMENTED = ALWAYS | OFFLOADS | mask(F.MQ)
 
 PROTOCOL = mask(P.MQ, P.LOG_SHMFD, P.RARP, P.REPLY_ACK, P.MTU, P.BACKEND_REQ, P.RESET_DEVICE, P.CONFIGURE_MEM_SLOTS,
-                P.STATUS)
+                P.STATUS, P.DEVICE_STATE)
 
 # feature -> it needs at least one of these; what others need comes before what needs it
 _NEEDS = {

@@ -7,6 +7,7 @@ so that no Python object ever points into guest memory and back-pressure is the 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 VNET_HEADER = 12  # struct virtio_net_hdr_v1, virtio 1.x "Network Device / Device Operation"
 ETHERNET_HEADER = 14
@@ -74,6 +75,14 @@ class Port:
 
     def announce(self, mac: bytes) -> None:
         """Tell the network where ``mac`` (6 bytes) now lives, on behalf of the guest (a fake RARP)."""
+
+    def learned(self) -> dict[str, Any]:
+        """What this port has learned of the guest and would be missed where the guest migrates to, fit for JSON."""
+        return {}
+
+    def recall(self, learned: dict[str, Any]) -> None:
+        """Take over what a port of this kind has learned elsewhere. Raises ValueError, KeyError, TypeError or
+        AttributeError where that makes no sense, and nothing has changed."""
 
     def watches(self) -> list[tuple[int, Callable[[], None]]]:
         """(descriptor, callback when it is readable) pairs for the control loop."""

@@ -11,6 +11,7 @@ that comes back with an address of the network that is free gets it again.
 
 import struct
 from collections import OrderedDict
+from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Interface
 from itertools import islice
 from typing import NamedTuple
@@ -90,6 +91,17 @@ class DhcpServer:
         if request.kind == _INFORM:
             return self._reply(request, _ACK, _NOWHERE)
         return None
+
+    def recall(self, leases: Mapping[bytes, IPv4Address]) -> None:
+        """Go on with leases that were granted elsewhere; what lies in another network is left out. Raises ValueError
+        for what no server of this kind has granted."""
+        if len(leases) > LEASES_MAX or any(len(mac) != 6 for mac in leases):
+            raise ValueError("leases")
+        fitting = {mac: address for mac, address in leases.items()
+                   if self._is_host(address) and address != self._address}
+        if len(set(fitting.values())) < len(fitting):
+            raise ValueError("two leases for one address")
+        self.leases = OrderedDict(fitting)
 
     def _confirm(self, request: _Request, mac: bytes) -> Answer:
         """SELECTING and INIT-REBOOT name the address in option 50, RENEWING and REBINDING in ciaddr."""

@@ -23,7 +23,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vdev.net.features import Feature, mask
 from vdev.ports import packets
@@ -100,6 +100,13 @@ class Responder(SocketPort):
 
     def watches(self) -> list[tuple[int, Callable[[], None]]]:
         return [(near.fileno(), partial(self._serve, pair)) for pair, near in enumerate(self.near)]
+
+    def learned(self) -> dict[str, Any]:
+        return {"leases": {mac.hex(":"): str(address) for mac, address in self.dhcp.leases.items()}}
+
+    def recall(self, learned: dict[str, Any]) -> None:
+        self.dhcp.recall({bytes.fromhex(mac.replace(":", "")): IPv4Address(address)
+                          for mac, address in learned["leases"].items()})
 
     def send_echo(self, address: IPv4Address | IPv6Address, sequence: int) -> bool:
         """Ping the guest; the answer comes to ``on_echo_reply``. Out of queue pair 0.

@@ -77,9 +77,9 @@ def migrate(guest: LinuxGuest, network: Sequence[str], *, namespace: Namespace |
             done = _await(guest.qemu, ["completed"])
             _await_running(there)
         except QmpError as error:
-            failure = there.child.died(f"the guest did not arrive ({error})")
+            ends = [str(qemu.child.died(side)) for side, qemu in (("source", guest.qemu), ("destination", there))]
             there.kill()
-            raise MigrationFailed(str(failure)) from None
+            raise MigrationFailed("\n".join([f"the guest did not arrive ({error})", *ends])) from None
         except BaseException:
             there.kill()
             raise

@@ -1,0 +1,88 @@
+"""What a session saves of its device when the guest leaves, and loads when one comes from elsewhere.
+
+vhost-user, "Migrating back-end state". The text is vdev/device_state.py's, the pipe vdev/state_transfer.py's.
+"""
+
+import logging
+
+from ring.pump import FlowStats
+from vdev import device_state, traffic
+from vdev.device_state import StateError
+from vdev.engine import Engine
+from vdev.logs import EventLog
+from vdev.ports.base import Port
+from vdev.state_transfer import Transfer
+from vhost_user.spec import Direction
+from vhost_user.state import Offer, State
+
+
+class SessionState:
+    """The state of one session's device. At most one transfer is under way."""
+
+    def __init__(self, engine: Engine, port: Port, offer: Offer, log: EventLog) -> None:
+        self._engine = engine
+        self._port = port
+        self._offer = offer
+        self._log = log
+        self._before: tuple[FlowStats, FlowStats] = engine.stats()
+        self._elsewhere: traffic.Counts | None = None  # what went through before the guest came here
+        self._transfer: Transfer | None = None
+
+    @property
+    def deadline(self) -> float | None:
+        """When :meth:`advance` is due (``time.monotonic``); None: nothing is under way."""
+        return self._transfer.deadline if self._transfer else None
+
+    def advance(self) -> None:
+        """Move what can be moved now."""
+        if self._transfer is not None:
+            self._transfer.advance()
+
+    def begin(self, direction: int, fd: int, state: State) -> None:
+        """SET_DEVICE_STATE_FD: save to ``fd`` or load from it, which is ours from now on. Raises StateError and
+        OSError."""
+        self.close()
+        if direction == Direction.SAVE:
+            self._transfer = Transfer(fd, device_state.encode(self._current(state)))
+        else:
+            self._transfer = Transfer(fd, None, self._load)
+
+    def check(self) -> None:
+        """CHECK_DEVICE_STATE: the transfer was a success. Raises StateError if it was none."""
+        transfer, self._transfer = self._transfer, None
+        if transfer is None:
+            raise StateError("no state was transferred; the front-end must send SET_DEVICE_STATE_FD first")
+        transfer.advance()
+        transfer.close()
+        if transfer.failure or not transfer.finished:
+            raise StateError(f"the device's state was not {'saved' if transfer.saving else 'loaded'}: "
+                             f"{transfer.failure or 'the pipe is not at its end'}")
+
+    def close(self) -> None:
+        """Break off what is under way."""
+        if self._transfer is not None:
+            self._transfer.close()
+            self._transfer = None
+
+    @property
+    def _kind(self) -> str:
+        return str(self._port).partition(":")[0]
+
+    def _current(self, state: State) -> device_state.DeviceState:
+        counts = traffic.between(self._before, self._engine.stats())
+        if self._elsewhere is not None:
+            counts = traffic.added(self._elsewhere, counts)
+        return device_state.of_session(state, counts, {self._kind: self._port.learned()})
+
+    def _load(self, data: bytes) -> None:
+        """Take over what a device elsewhere has saved. Raises StateError, and nothing changed."""
+        loaded = device_state.decode(data)
+        device_state.check(loaded, self._offer)
+        if self._kind in loaded.port:
+            try:
+                self._port.recall(loaded.port[self._kind])
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise StateError(f"what its port {self._kind} has learned makes no sense") from None
+        self._elsewhere = loaded.counters
+        self._log.peer(logging.INFO, "state-loaded", "a guest that ran elsewhere comes here; there went through: "
+                       f"{traffic.sentence(loaded.counters)}", **loaded.counters)
