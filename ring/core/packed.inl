@@ -169,30 +169,28 @@ static inline uint64_t packed_code(uint16_t slot, bool wrap)
     return slot | (wrap ? 0x8000u : 0);
 }
 
-/* Note in the journal what the next used descriptor will overwrite, and how far the batch reaches with it. */
-static inline void packed_note(struct vq *q, uint32_t slots, uint32_t written)
+/* Note in the journal what the next used descriptor will overwrite, and that the batch reaches to `to` with it. */
+static inline void packed_note(struct vq *q, uint32_t slots, uint32_t written, uint64_t to)
 {
     struct journal_entry *e = &q->line->entries[q->next_used];
-    uint16_t to = q->next_used;
-    bool to_wrap = q->used_wrap;
 
-    packed_advance(q, &to, &to_wrap, slots);
     e->was = load64(packed_second_half(&q->packed[q->next_used]));
     e->wrote = written;
     e->slots = slots;
     journal_order();
-    q->line->progress = packed_code(q->published, q->published_wrap) | packed_code(to, to_wrap) << 16;
+    q->line->progress = packed_code(q->published, q->published_wrap) | to << 16;
     journal_order();
 }
 
 static inline void packed_push(struct vq *q, uint32_t head, uint32_t slots, uint32_t written)
 {
     struct packed_desc *d = &q->packed[q->next_used];
-    uint16_t flags = written ? DESC_F_WRITE : 0;
+    uint16_t flags = written ? DESC_F_WRITE : 0, to = q->next_used;
+    bool to_wrap = q->used_wrap;
 
+    packed_advance(q, &to, &to_wrap, slots);
     if (q->line)
-        packed_note(q, slots, written);
-
+        packed_note(q, slots, written, packed_code(to, to_wrap));
     if (q->used_wrap)
         flags |= PACKED_F_AVAIL | PACKED_F_USED;
     if (likely(q->holding)) {
@@ -206,7 +204,8 @@ static inline void packed_push(struct vq *q, uint32_t head, uint32_t slots, uint
         q->held_flags = flags;
     }
     wrote_descriptors(q, d, sizeof(*d));
-    packed_advance(q, &q->next_used, &q->used_wrap, slots);
+    q->next_used = to;
+    q->used_wrap = to_wrap;
 }
 
 static inline void packed_push_batch(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots)
