@@ -1,12 +1,17 @@
 """The journal's file: whose it is, what it is about, and when it says nothing."""
 
+import contextlib
 import os
+import random
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ring.build import ffi
 from ring.driver import DriverQueue, GuestMemory
+from ring.errors import RingBroken
 from ring.journal import Journal, JournalError
 from ring.virtqueue import Takeover
 from vdev.net.features import Feature, mask
@@ -54,6 +59,47 @@ def test_the_next_process_goes_on(path: Path, memory: GuestMemory, driver: Drive
     assert serve(path, memory, driver, chains=3) == Takeover(False, 0)
     for _ in range(12):  # no two rounds, after which it would stand at the base again
         assert serve(path, memory, driver).by_journal
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_journal_and_ring_hold_the_ring_is_taken_over_or_refused(path: Path, memory: GuestMemory,
+                                                                          driver: DriverQueue, seed: int) -> None:
+    """Neither a driver nor a broken file makes a takeover loop, or store beside what it puts back."""
+    chance = random.Random(seed)
+    descriptors = driver.ring.areas[0]
+    header, line = 64, ffi.sizeof("struct journal_line")
+    serve(path, memory, driver)
+    with contextlib.closing(Journal(str(path), RINGS)) as journal, DeviceSide(memory) as side, \
+            open(path, "r+b", buffering=0) as file:
+        answers = set()
+        for _ in range(500):
+            for slot in range(8):
+                flags = chance.choice((0, 0x80, 0x8000, 0x8080))
+                memory.write(descriptors.gpa + 16 * slot + 14, struct.pack("<H", flags))
+            for field, packed in ((8, struct.pack("<Q", chance.choice((chance.getrandbits(33), near(chance))))),
+                                  (16, struct.pack("<Q", chance.choice((0, 1 << 32)) | near(chance))),
+                                  (24, struct.pack("<I", near(chance) & 0xFFFF))):
+                os.pwrite(file.fileno(), packed, header + line + field)
+            for slot in range(8):
+                os.pwrite(file.fileno(), struct.pack("<QII", chance.getrandbits(64), 5, chance.choice((0, 1, 2, 9))),
+                          header + line + 64 + 16 * slot)
+            before = memory.snapshot()
+            queue = side.queue(driver, base=(chance.randrange(8) | chance.choice((0, 0x8000))) * 0x10001)
+            try:
+                answers.add(journal.take_over(1, queue, FRESH).by_journal)
+                queue.arm()
+            except RingBroken:
+                answers.add(None)
+            for region, old, new in zip(memory.regions, before, memory.snapshot(), strict=True):
+                start = descriptors.gpa - region.gpa
+                assert new[:start] == old[:start]
+                assert all(new[at:at + 8] == old[at:at + 8] for at in range(start, start + descriptors.len, 16))
+        assert answers >= {False, None}
+
+
+def near(chance: random.Random) -> int:
+    """Two places of a ring of 8, as a line has them."""
+    return chance.randrange(9) | chance.choice((0, 0x8000)) | (chance.randrange(9) | chance.choice((0, 0x8000))) << 16
 
 
 def test_each_ring_has_its_line(path: Path, memory: GuestMemory, driver: DriverQueue) -> None:
