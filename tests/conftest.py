@@ -1,8 +1,8 @@
 """What holds for every test: a C extension that fits its sources, ``--long`` and ``--rows``, the record of
-results that tools/test and tools/conformance add up, and both engines."""
+results that tools/test and tools/conformance add up, both engines, and a daemon that has to be left as it was."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -58,6 +58,22 @@ def engine(request: pytest.FixtureRequest) -> Callable:
     from vdev.testing.rig import ENGINES
 
     return ENGINES[request.param]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """One daemon for all tests of a module that are about a back-end behind its socket."""
+    from vdev.testing.kept import KeptDaemon
+
+    with KeptDaemon(tmp_path_factory.mktemp("kept")) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def daemon(kept) -> Iterator:
+    """That daemon; after the test it serves, and holds no more than before."""
+    yield kept
+    kept.check()
 
 
 class Record:

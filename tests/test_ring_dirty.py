@@ -54,7 +54,7 @@ def use(driver: DriverQueue, queue: VirtQueue, log: FrontEndLog) -> tuple[set[in
     (DATA, 0x1000, {0x110}), (DATA + 1, 0x1000, {0x110, 0x111}),
     (DATA + 0x800, 0x11000, set(range(0x110, 0x122)))])
 @pytest.mark.parametrize("offset", [0, 1, PAGE - 1, 5 * PAGE + 3])
-def test_VU_LOG_B_02_05_P91_exactly_the_pages_written(offset, gpa, length, marked):
+def test_P91_and_VU_LOG_B_02_05_exactly_the_pages_written(offset, gpa, length, marked):
     with logged(offset=offset) as (driver, queue, log):
         chain = served(driver, queue, Buffer(gpa, length, True))
         assert log.take() == set()  # looking changes nothing

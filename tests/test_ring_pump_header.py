@@ -8,65 +8,13 @@ import threading
 import pytest
 
 from ring.driver import Buffer
-from vdev.net.features import HOST_GSO, Feature, mask
-from vdev.testing.netdriver import (
-    GSO_ECN,
-    GSO_TCPV4,
-    GSO_TCPV6,
-    GSO_UDP,
-    GSO_UDP_L4,
-    NEEDS_CSUM,
-    NetHeader,
-)
+from vdev.net.features import Feature, mask
+from vdev.testing.headers import BASE, FRAME, FROM_GUEST, MAX_FRAME, MERGEABLE, OFFLOADS, REFUSED, TO_GUEST
+from vdev.testing.netdriver import GSO_TCPV4, NEEDS_CSUM, NetHeader
 from vdev.testing.rig import pumped
 
-BASE = mask(Feature.VERSION_1, Feature.INDIRECT_DESC, Feature.EVENT_IDX)
-MERGEABLE = BASE | mask(Feature.MRG_RXBUF)
-OFFLOADS = BASE | HOST_GSO | mask(Feature.CSUM)
-FRAME = bytes(range(60))
-MAX_FRAME = 65550
 
-
-# ------------------------------------------------------------------------------------------------ net headers
-
-
-NONE = NetHeader()
-REFUSED = "bad_header"
-
-
-@pytest.mark.parametrize("header, features, outcome", [
-    pytest.param(NetHeader(NEEDS_CSUM, csum_start=60), OFFLOADS, REFUSED, id="N01_start_at_the_end"),
-    pytest.param(NetHeader(NEEDS_CSUM, csum_start=65534, csum_offset=65535), OFFLOADS, REFUSED, id="N01_huge"),
-    pytest.param(NetHeader(NEEDS_CSUM, csum_start=0, csum_offset=0), OFFLOADS, REFUSED, id="N01_zero"),
-    pytest.param(NetHeader(NEEDS_CSUM, csum_start=13, csum_offset=0), OFFLOADS, REFUSED, id="N01_in_ethernet"),
-    pytest.param(NetHeader(NEEDS_CSUM, csum_start=34, csum_offset=25), OFFLOADS, REFUSED, id="N02_one_too_far"),
-    pytest.param(NetHeader(NEEDS_CSUM, csum_start=34, csum_offset=24), OFFLOADS,
-                 NetHeader(NEEDS_CSUM, csum_start=34, csum_offset=24), id="N02_just_fits"),
-    pytest.param(NetHeader(NEEDS_CSUM, csum_start=34), BASE, REFUSED, id="N04_checksum_not_negotiated"),
-    pytest.param(NetHeader(0, csum_start=65534, csum_offset=65535), OFFLOADS, NONE, id="N01_without_the_flag"),
-    *(pytest.param(NetHeader(NEEDS_CSUM, kind, 54, 1448, 34, 16), OFFLOADS, REFUSED, id=f"N03_gso_type_{kind:#x}")
-      for kind in (2, 6, 0x7F, 0x80, 0x82)),
-    *(pytest.param(NetHeader(NEEDS_CSUM, kind, 54, 1448, 34, 16), OFFLOADS & ~mask(feature), REFUSED,
-                   id=f"N04_without_{feature.name}")
-      for kind, feature in ((GSO_TCPV4, Feature.HOST_TSO4), (GSO_TCPV6, Feature.HOST_TSO6),
-                            (GSO_UDP, Feature.HOST_UFO), (GSO_UDP_L4, Feature.HOST_USO),
-                            (GSO_TCPV4 | GSO_ECN, Feature.HOST_ECN))),
-    *(pytest.param(NetHeader(NEEDS_CSUM, kind, 54, 1448, 34, 16), OFFLOADS,
-                   NetHeader(NEEDS_CSUM, kind, 54, 1448, 34, 16), id=f"good_gso_type_{kind:#x}")
-      for kind in (GSO_TCPV4, GSO_TCPV6, GSO_UDP, GSO_UDP_L4, GSO_TCPV4 | GSO_ECN, GSO_TCPV6 | GSO_ECN)),
-    pytest.param(NetHeader(NEEDS_CSUM, GSO_TCPV4, 54, 0, 34, 16), OFFLOADS, REFUSED, id="N05_gso_size_0"),
-    pytest.param(NetHeader(NEEDS_CSUM, GSO_TCPV4, 54, 1, 34, 16), OFFLOADS, REFUSED, id="N06_gso_size_1"),
-    pytest.param(NetHeader(NEEDS_CSUM, GSO_TCPV4, 54, 47, 34, 16), OFFLOADS, REFUSED, id="N06_below_the_floor"),
-    pytest.param(NetHeader(NEEDS_CSUM, GSO_TCPV4, 54, 48, 34, 16), OFFLOADS,
-                 NetHeader(NEEDS_CSUM, GSO_TCPV4, 54, 48, 34, 16), id="N06_at_the_floor"),
-    pytest.param(NetHeader(NEEDS_CSUM, GSO_TCPV4, 2000, 1448, 34, 16), OFFLOADS,
-                 NetHeader(NEEDS_CSUM, GSO_TCPV4, 60, 1448, 34, 16), id="N07_hdr_len_beyond_the_frame"),
-    pytest.param(NetHeader(0xFF, csum_start=34, csum_offset=16), OFFLOADS,
-                 NetHeader(NEEDS_CSUM, csum_start=34, csum_offset=16), id="N09_unknown_flags"),
-    pytest.param(NetHeader(0xFE), OFFLOADS, NONE, id="N09_unknown_flags_alone"),
-    pytest.param(NetHeader(num_buffers=0xFFFF), OFFLOADS, NONE, id="N11_num_buffers"),
-    pytest.param(NetHeader(gso_size=7), OFFLOADS, NONE, id="N05_gso_size_without_gso"),
-])
+@pytest.mark.parametrize("header, features, outcome", FROM_GUEST)
 def test_header_from_guest(header, features, outcome):
     with pumped(features) as (driver, device):
         driver.offer(FRAME, header, cuts=(7, 12))
@@ -80,18 +28,7 @@ def test_header_from_guest(header, features, outcome):
         assert driver.reclaim_all(10)
 
 
-@pytest.mark.parametrize("header, features, outcome", [
-    pytest.param(NetHeader(NEEDS_CSUM, csum_start=34), MERGEABLE, "offload", id="checksum"),
-    pytest.param(NetHeader(NEEDS_CSUM, GSO_TCPV4, 54, 1448, 34, 16), MERGEABLE | mask(Feature.GUEST_CSUM), "offload",
-                 id="tso"),
-    pytest.param(NetHeader(NEEDS_CSUM, GSO_TCPV4 | GSO_ECN, 54, 1448, 34, 16),
-                 MERGEABLE | mask(Feature.GUEST_CSUM, Feature.GUEST_TSO4), "offload", id="ecn"),
-    pytest.param(NetHeader(NEEDS_CSUM, GSO_UDP_L4, 54, 1448, 34, 6),
-                 MERGEABLE | mask(Feature.GUEST_CSUM, Feature.GUEST_USO4), "offload", id="one_half_of_uso"),
-    pytest.param(NetHeader(NEEDS_CSUM, GSO_TCPV4, 54, 1448, 34, 16),
-                 MERGEABLE | mask(Feature.GUEST_CSUM, Feature.GUEST_TSO4), None, id="tso_negotiated"),
-    pytest.param(NetHeader(flags=2), MERGEABLE, None, id="data_valid"),
-])
+@pytest.mark.parametrize("header, features, outcome", TO_GUEST)
 def test_N22_offload_the_guest_did_not_negotiate(header, features, outcome):
     with pumped(features) as (driver, device):
         driver.fill()

@@ -36,13 +36,13 @@ class ScriptedGuest:
     RING_PACKED and IN_ORDER it insists on (ValueError).
     queue_pairs: how many, all enabled; ``drivers`` has one NetDriver for each. size: descriptors of a queue.
     base: where all rings start, as SET_VRING_BASE carries it; None: fresh. buffers: receive buffers to post;
-    None: as many as there are descriptors.
+    None: as many as there are descriptors. memory: the guest's, which closes with it; None: one region.
     """
 
     def __init__(self, sock: socket.socket, *, features: int = mask(Feature.VERSION_1, Feature.MRG_RXBUF),
                  queue_pairs: int = 1, size: int = 64, base: int | None = None, buffers: int | None = None,
-                 version: QemuVersion = QEMU_10_0) -> None:
-        self.memory = GuestMemory()
+                 version: QemuVersion = QEMU_10_0, memory: GuestMemory | None = None) -> None:
+        self.memory = memory or GuestMemory()
         self.drivers = [NetDriver(self.memory, size=size, features=features, base=base) for _ in range(queue_pairs)]
         self.front_end = FrontEnd(sock)
         queues = [queue for driver in self.drivers for queue in (driver.receiveq, driver.transmitq)]
