@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from ring.driver import Extent, GuestMemory
-from vdev.testing.kept import FRAME, WAIT, KeptDaemon, ends, refused
+from vdev.testing.kept import FRAME, WAIT, KeptDaemon, arrives, ends, refused
 from vdev.testing.scripted import ScriptedGuest, shared_regions
 from vhost_user.codec import encode
 from vhost_user.frontend import SharedRegion
@@ -152,18 +152,19 @@ def test_P52_more_memory_than_is_accepted(daemon) -> None:
 
 @pytest.mark.parametrize("offset", [1, PAGE - 1, PAGE + 24, 0x100000])
 def test_P53_region_at_any_offset_of_its_file(daemon, offset) -> None:
+    with memfd(offset + PAGE) as fd, daemon.agreed() as front_end:
+        region = SINGLE_REGION.encode(Region(0, PAGE, UVA, offset))
+        assert not refused(front_end, Request.ADD_MEM_REG, region, [fd])
     memory = GuestMemory(extents=[Extent(0x4000_0000, 1 << 20, offset=offset & ~0xF)])
     with ScriptedGuest.connect(daemon.path, size=16, memory=memory) as guest:
         assert guest.exchange(FRAME, WAIT) == FRAME
-    with memfd(offset + PAGE) as fd, daemon.agreed() as front_end:
-        front_end.add_mem_reg(shared(fd, Region(0, PAGE, UVA, offset)))
 
 
 def test_P54_several_regions_of_one_file(daemon) -> None:
     with memfd(8 * PAGE) as fd, ScriptedGuest.connect(daemon.path) as guest:
-        regions = [Region(n * PAGE, PAGE, UVA + n * PAGE, n * PAGE) for n in range(7)]
-        guest.front_end.set_mem_table([*shared_regions(guest.memory), *(shared(fd, r) for r in regions)],
-                                      need_reply=True)
+        (own,) = shared_regions(guest.memory)
+        regions = [own.region, *(Region(n * PAGE, PAGE, UVA + n * PAGE, n * PAGE) for n in range(7))]
+        assert not refused(guest.front_end, Request.SET_MEM_TABLE, table(*regions), [own.fd] + [fd] * 7)
         assert guest.exchange(FRAME, WAIT) == FRAME
 
 
@@ -197,8 +198,7 @@ def test_P59_region_of_a_live_ring(daemon) -> None:
         error = os.eventfd(0, os.EFD_NONBLOCK)
         guest.front_end.set_vring_err(1, error, need_reply=True)
         before = daemon.holding
-        guest.front_end.request(Request.REM_MEM_REG, SINGLE_REGION.encode(region.region), [region.fd],
-                                need_reply=True)
+        assert not refused(guest.front_end, Request.REM_MEM_REG, SINGLE_REGION.encode(region.region), [region.fd])
         assert os.eventfd_read(error) == 1
         assert (daemon.holding.mappings, daemon.holding.fds) == (0, before.fds)
         guest.driver.transmit(FRAME)
@@ -207,7 +207,7 @@ def test_P59_region_of_a_live_ring(daemon) -> None:
         for index, queue in enumerate((guest.driver.receiveq, guest.driver.transmitq)):
             guest.front_end.set_vring_base(index, guest.front_end.get_vring_base(index), need_reply=True)
             guest.front_end.set_vring_kick(index, queue.kick_fd, need_reply=True)
-        assert guest.driver.receive_within(WAIT).frame == FRAME
+        assert arrives(guest.driver) == FRAME
         os.close(error)
 
 

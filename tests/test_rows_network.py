@@ -20,7 +20,7 @@ from vdev.ports.base import Ends
 from vdev.testing.daemon import Daemon
 from vdev.testing.headers import BASE, FRAME, FROM_GUEST, MAX_FRAME, MERGEABLE, OFFLOADS, REFUSED, TO_GUEST
 from vdev.testing.isolated import isolated
-from vdev.testing.kept import WAIT, assert_returned, holding
+from vdev.testing.kept import WAIT, arrives, assert_returned, holding
 from vdev.testing.netdriver import GSO_TCPV4, GSO_UDP_L4, NEEDS_CSUM, NetHeader
 from vdev.testing.process import ProcessDied
 from vdev.testing.scripted import ScriptedGuest
@@ -44,11 +44,13 @@ def device(open_port: Callable[[], WirePort] = WirePort) -> Iterator[ServedDevic
 
 
 def sent(served: ServedDevice) -> tuple[NetHeader, bytes]:
-    """The next header and frame on the network's side. Raises TimeoutError."""
+    """The next header and frame on the network's side. Raises AssertionError where none comes."""
     wire = served.port.wire[0]
     wire.settimeout(WAIT)
     try:
         message = wire.recv(1 << 17)
+    except TimeoutError:
+        raise AssertionError("no frame on the network's side") from None
     finally:
         wire.setblocking(False)
     return NetHeader.unpack(message), message[NetHeader.SIZE:]
@@ -79,8 +81,8 @@ def test_N22_header_from_the_network(header, features, outcome) -> None:
         served.port.wire[0].send(header.pack() + FRAME)
         served.port.wire[0].send(bytes(12) + GOOD)
         if outcome is None:
-            assert guest.driver.receive_within(WAIT).frame == FRAME
-        assert guest.driver.receive_within(WAIT).frame == GOOD
+            assert arrives(guest.driver) == FRAME
+        assert arrives(guest.driver) == GOOD
         assert lost(served) == ({}, {outcome: 1} if outcome else {})
 
 
@@ -103,7 +105,7 @@ def test_N12_N20_N21_received_frames_of_impossible_length() -> None:
         for length in (0, 1, 13, MAX_FRAME + 1, MAX_FRAME + 400):
             served.port.wire[0].send(bytes(12 + length))
             served.port.wire[0].send(bytes(12 + MAX_FRAME))
-            assert guest.driver.receive_within(WAIT).frame == bytes(MAX_FRAME)
+            assert arrives(guest.driver) == bytes(MAX_FRAME)
         assert lost(served) == ({}, {"bad_length": 5})
 
 
@@ -140,7 +142,7 @@ def test_N24_flood_while_the_guest_has_no_buffers() -> None:
         assert count > 64 and holding(os.getpid()).memory - before < 8 << 20
         guest.driver.fill()
         for number in range(count):
-            assert guest.driver.receive_within(WAIT).frame == number.to_bytes(4, "big") * 20
+            assert arrives(guest.driver) == number.to_bytes(4, "big") * 20
         assert lost(served) == ({}, {})
 
 
@@ -163,7 +165,7 @@ def test_N16_port_that_refuses_every_frame() -> None:
         assert guest.driver.reclaim_all(WAIT)
         assert lost(served) == ({"port": 20}, {})
         served.port.wire[0].send(bytes(12) + GOOD)
-        assert guest.driver.receive_within(WAIT).frame == GOOD
+        assert arrives(guest.driver) == GOOD
 
 
 def test_N17_port_that_takes_half_a_frame() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vdev.net.features import Feature, mask
 from vdev.testing.daemon import Daemon
+from vdev.testing.netdriver import NetDriver
 from vdev.testing.scripted import ScriptedGuest
 from vhost_user.codec import encode
 from vhost_user.errors import PeerError
@@ -135,6 +136,12 @@ class KeptDaemon:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self.daemon.__exit__(kind)
+
+
+def arrives(driver: NetDriver) -> bytes | None:
+    """The next frame that the driver gets; None where none comes."""
+    received = driver.receive_within(WAIT)
+    return None if received is None else received.frame
 
 
 def refused(front_end: FrontEnd, kind: int, payload: bytes = b"", fds: Sequence[int] = ()) -> bool:
