@@ -54,6 +54,19 @@ def test_a_full_loopback_says_so_and_recovers(loopback):
     assert os.write(ends.to_port, b"x" * 1000) == 1000
 
 
+def test_a_port_without_a_guest_forgets_what_waited(loopback):
+    """Pair 0 stays enabled when a front-end leaves, and the next one's guest is another."""
+    for pair in 0, 1:
+        os.write(loopback.ends(pair).to_port, b"stale")
+    loopback.set_offloads(0)
+    for pair in 0, 1:
+        with pytest.raises(BlockingIOError):
+            os.read(loopback.ends(pair).from_port, 100)
+    os.write(loopback.ends(0).to_port, b"fresh")
+    loopback.set_offloads(OFFLOADS)
+    assert os.read(loopback.ends(0).from_port, 100) == b"fresh"
+
+
 def test_a_disabled_pair_forgets_what_waited(loopback):
     for pair in 0, 1:
         os.write(loopback.ends(pair).to_port, b"stale")

@@ -42,6 +42,12 @@ class SocketPort(Port):
         if not enabled:
             drain(self.far[pair])
 
+    def set_offloads(self, features: int) -> None:
+        """Without a guest, what waits for one is stale: the next front-end's guest is another, or has started anew."""
+        if not features:
+            for end in self.far:
+                drain(end)
+
     def close(self) -> None:
         for end in self.near + self.far:
             end.close()
