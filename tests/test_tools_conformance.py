@@ -35,7 +35,7 @@ def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     (tmp_path / "mutants.toml").write_text(
         '[[mutant]]\nrows = ["A-01", "A-03"]\nname = "x"\n[[mutant]]\nrows = ["A-01"]\nname = "y"\n')
     monkeypatch.setattr(module, "TABLES", tmp_path)
-    monkeypatch.setattr(module, "MUTANTS", tmp_path / "mutants.toml")
+    monkeypatch.setattr(module, "MUTANTS", tmp_path)
     return module
 
 

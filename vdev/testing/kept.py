@@ -122,7 +122,10 @@ class KeptDaemon:
         """See a frame go round through each device. Raises AssertionError."""
         for path in (self.path, self.bystander):
             with ScriptedGuest.connect(path, size=8) as guest:
-                assert guest.exchange(FRAME, WAIT) == FRAME, f"no frame came back through {path}"
+                frame = guest.exchange(FRAME, WAIT)
+                if frame != FRAME:  # one that a lane held for want of buffers is the next guest's
+                    frame = arrives(guest.driver)
+                assert frame == FRAME, f"no frame came back through {path}"
 
     def check(self) -> None:
         """After a test: the daemon lives, serves, and has no more than before. Raises AssertionError."""
