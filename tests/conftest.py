@@ -115,7 +115,8 @@ class Record:
         if report.failed:
             self._failed[report.nodeid] = None
             crash = getattr(report.longrepr, "reprcrash", None)
-            self._why[report.nodeid] = crash.message if crash else str(report.longrepr)
+            # The first: what fails after it, in the teardown, is often its consequence.
+            self._why.setdefault(report.nodeid, crash.message if crash else str(report.longrepr))
         elif report.skipped:
             self._skipped[report.nodeid] = _reason(report)
         elif report.when == "call":

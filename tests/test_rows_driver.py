@@ -5,7 +5,6 @@ has to serve on after each test and to hold no more than before (tests/conftest.
 """
 
 import os
-import select
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from ring.driver_parts import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESCRI
 from vdev.net.features import Feature, mask
 from vdev.testing.handmade import add_spoiled
 from vdev.testing.headers import BASE, MAX_FRAME, MERGEABLE
-from vdev.testing.kept import FRAME, WAIT, KeptDaemon, arrives
+from vdev.testing.kept import FRAME, WAIT, KeptDaemon, arrives, readable
 from vdev.testing.scripted import ScriptedGuest, ring_setup
 
 pytestmark = pytest.mark.timeout(180)
@@ -178,9 +177,7 @@ def test_ring_that_means_nothing_any_more_stops(daemon, break_it) -> None:
         good = queue.ring.avail.idx
         break_it(queue.ring)
         queue.kick()
-        poll = select.poll()
-        poll.register(error, select.POLLIN)
-        assert poll.poll(WAIT * 1000)
+        assert readable(error)
         queue.kick()
         assert front_end.get_vring_base(1) == good
         assert os.eventfd_read(error) == 1

@@ -46,7 +46,8 @@ class Mutant:
                 *((more["file"], more["healthy"], more["faulty"]) for more in self.also)]
 
     def __str__(self) -> str:
-        return f"{self.rows[0]}: {self.name}"
+        # Not as the name of a test that is about the row (vdev/testing/rows.py): it is about the row's tests.
+        return f"{self.name} ({self.rows[0]})"
 
 
 MUTANTS = [Mutant(**fields) for file in sorted((ROOT / "tests").glob("mutants*.toml"))

@@ -16,7 +16,7 @@ import pytest
 
 from ring.driver import Extent, GuestMemory
 from vdev.net.features import Feature, mask
-from vdev.testing.kept import FEATURES, FRAME, PROTOCOL, WAIT, KeptDaemon, Traced, arrives, ends, refused
+from vdev.testing.kept import FEATURES, FRAME, PROTOCOL, WAIT, KeptDaemon, Traced, arrives, ends, readable, refused
 from vdev.testing.netdriver import NetDriver
 from vdev.testing.scripted import ScriptedGuest, ring_setup, shared_regions
 from vhost_user.codec import encode
@@ -96,7 +96,7 @@ def test_P36_what_is_said_of_a_ring_first_is_remembered(daemon) -> None:
         front_end.set_protocol_features(front_end.get_protocol_features() & PROTOCOL)
         queues = (driver.receiveq, driver.transmitq)
         for index, queue in enumerate(queues):
-            front_end.set_vring_enable(index, True)
+            assert not refused(front_end, Request.SET_VRING_ENABLE, state(index, 1))
             front_end.set_vring_call(index, queue.call_fd)
             front_end.set_vring_err(index, error)
         front_end.set_features(FEATURES | mask(Feature.PROTOCOL_FEATURES))
@@ -113,13 +113,6 @@ def test_P36_what_is_said_of_a_ring_first_is_remembered(daemon) -> None:
         driver.transmitq.ring.avail.idx += 1000
         driver.transmitq.kick()
         assert readable(error)
-
-
-def readable(fd: int) -> bool:
-    """Is there something to read within WAIT?"""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(WAIT * 1000))
 
 
 def test_P62_ring_index_out_of_range(daemon) -> None:

@@ -76,7 +76,7 @@ def test_hostile_rows_have_a_verdict_for_each_format(program) -> None:
 
 
 def test_mutants_are_counted_and_one_that_lives_is_missed(program, capsys) -> None:
-    mutants = program.mutants_of({"failed": ["tests/test_rows_mutants.py::test_mutant_is_noticed[A-01: y]"]})
+    mutants = program.mutants_of({"failed": ["tests/test_rows_mutants.py::test_mutant_is_noticed[y (A-01)]"]})
     assert mutants == {"A-01": (1, 2), "A-03": (1, 1)}
     tables = program.evaluate(["A-*"], record(A_01="passed", A_03="passed"), mutants)
     assert program.missing(tables) == ["A-01"]

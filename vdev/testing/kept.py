@@ -173,6 +173,13 @@ def ends(front_end: FrontEnd, data: bytes, fds: Sequence[int] = ()) -> bool:
     return front_end.closed()
 
 
+def readable(fd: int) -> bool:
+    """Is there something to read within WAIT seconds?"""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(WAIT * 1000))
+
+
 class Traced:
     """A descriptor of which one can see whether every other holder has closed it; a context manager.
 
