@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vdev.net.offer import PROTOCOL
 from vdev.testing.rows import Row, named, read
-from vhost_user.spec import ProtocolFeature
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "docs/conformance"
@@ -73,10 +71,7 @@ def test_every_row_is_tested_or_says_why_not(about) -> None:
 
 
 def test_every_row_of_what_comes_from_outside_is_tested_over_a_socket(about) -> None:
-    """The dirty log has no messages before LOG_SHMFD is offered."""
-    log = PROTOCOL >> ProtocolFeature.LOG_SHMFD & 1
-    wanted = [row for row in OUTSIDE if row.tested and (row.applies_when != "LOG_SHMFD" or log)]
-    assert [row.id for row in wanted if not any(SOCKET.match(test) for test in of(row, about))] == []
+    assert [row.id for row in OUTSIDE if row.tested and not any(SOCKET.match(test) for test in of(row, about))] == []
 
 
 def test_note_names_what_is_left_out() -> None:

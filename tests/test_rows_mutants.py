@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vdev.net.offer import PROTOCOL
 from vdev.testing import rows
-from vhost_user.spec import ProtocolFeature
 
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "setup.py").exists():
@@ -113,12 +111,9 @@ def test_a_tree_is_made_with_a_text_replaced(tmp_path: Path) -> None:
 
 
 def test_every_row_has_a_mutant() -> None:
-    """The dirty log has no messages before LOG_SHMFD is offered, and what it does in a ring has no mutants here."""
     tables = [rows.read(ROOT / "docs/conformance" / f"{name}.tsv")
               for name in ("split", "packed", "features", "messages", "network")]
-    log = PROTOCOL >> ProtocolFeature.LOG_SHMFD & 1
-    wanted = [row.id for table in tables for row in table
-              if row.tested and (log or row.applies_when != "LOG_SHMFD" or row.id in ("P87", "P88"))]
+    wanted = [row.id for table in tables for row in table if row.tested]
     broken = {id for mutant in MUTANTS for id in mutant.rows}
     assert [id for id in wanted if id not in broken] == []
     assert broken <= {*wanted, *(row.id for row in rows.read(ROOT / "docs/conformance/hostile.tsv"))}
