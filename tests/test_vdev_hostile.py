@@ -12,6 +12,7 @@ import pytest
 from vdev.net.features import Feature, mask
 from vdev.testing.scripted import ScriptedGuest
 from vdev.testing.served import FRAME, ServedDevice, both_ways, receive
+from vhost_user.errors import Close
 from vhost_user.frontend import RequestRefused
 
 RING = mask(Feature.VERSION_1, Feature.EVENT_IDX, Feature.INDIRECT_DESC)
@@ -78,3 +79,26 @@ def test_R62_hash_report_is_not_to_be_had_and_the_header_has_12_bytes(served, ri
         assert (done.written, done.data[12:]) == (12 + len(FRAME), FRAME)
         both_ways(served, guest)
         assert any(f"bit {Feature.HASH_REPORT} was not offered" in text for _, text in served.log)
+
+
+def test_P48_memory_that_vanished_before_a_ring_starts_ends_the_session(served):
+    """What a ring needs to know is read from guest memory when it starts, by the control thread."""
+    with ScriptedGuest(served.connect(), features=RING) as guest:
+        guest.qemu.stop()
+        guest.memory.truncate()
+        guest.front_end.set_status(0xF)
+        with pytest.raises(Close):
+            guest.front_end.set_vring_kick(1, guest.driver.transmitq.kick_fd, need_reply=True)
+        assert "SET_VRING_KICK ring 1: guest memory vanished" in served.wait_for("session-end")
+    with ScriptedGuest(served.connect(), features=RING) as guest:
+        both_ways(served, guest)
+    assert not served.lines("session-failed")
+
+
+def test_P48_memory_that_vanished_before_a_ring_is_resumed_ends_the_session(served):
+    """The same where nobody asked: a ring that was stopped behind the driver's back goes on by itself."""
+    with ScriptedGuest(served.connect(), features=RING) as guest:
+        guest.front_end.get_vring_base(1)
+        guest.memory.truncate()
+        assert "guest memory vanished" in served.wait_for("session-end")
+    assert not served.lines("session-failed")

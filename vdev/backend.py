@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable
 
-from ring.errors import RingBroken, SetupError
+from ring.errors import MemoryGone, RingBroken, SetupError
 from ring.guestmem import DEFAULT_POLICY, Policy
 from ring.journal import JournalError
 from ring.virtqueue import VirtQueue
@@ -69,7 +69,8 @@ class Backend:
     # -------------------------------------------------------------------------- requests
 
     def handle(self, request: Accepted) -> Result:
-        """Do what ``request`` asks -> what to answer. Raises EngineStuck, after which only close() is left."""
+        """Do what ``request`` asks -> what to answer. Raises EngineStuck or MemoryGone, after which only close() is
+        left."""
         # A front-end that goes on speaking has read the last answer: it knows where these rings stand. One that only
         # looked at a ring remembers nothing, and comes back with the base of the last start.
         for index in [ring for ring in self._answered if not self.session.state.resumable(ring)]:
@@ -247,7 +248,7 @@ class Backend:
                 except SetupError as reason:
                     raise _Refuse(f"{ring_name(index)} cannot start: {reason}") from None
                 self._take_over(index, fresh[index], self._told.get(index, ring.base))
-        except _Refuse:
+        except (_Refuse, MemoryGone):
             for queue in fresh.values():
                 queue.close()
             raise

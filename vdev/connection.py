@@ -8,6 +8,7 @@ import logging
 import socket
 import time
 
+from ring.errors import MemoryGone
 from ring.pump import LaneEvent
 from vdev.backend import Backend
 from vdev.dirty_log import GONE
@@ -24,6 +25,9 @@ from vhost_user.transport import Transport
 RESUME_DELAY_KICKED = 0.02  # seconds
 RESUME_DELAY_QUIET = 1.0
 PORT_RETRY = 1.0  # seconds between attempts to get a lost port back
+
+_VANISHED = ("guest memory vanished: the front-end truncated its file, or the file system behind it ran out of room; "
+             "give QEMU memory-backend-memfd, and enough of it")
 
 
 class Connection:
@@ -74,6 +78,9 @@ class Connection:
             except EngineStuck as stuck:
                 request.fds.close()
                 raise Close(f"{request}: {stuck}; closing") from None
+            except MemoryGone:
+                request.fds.close()
+                raise Close(f"{request}: {_VANISHED}") from None
             reply = self._session.answer(request, result)
         except Nack as no:
             self._log.peer(logging.WARNING, "refused-request", str(no))
@@ -99,8 +106,7 @@ class Connection:
         if events & LaneEvent.LOG_GONE:
             raise Close(GONE)
         if events & LaneEvent.MEMORY_GONE:
-            raise Close("guest memory vanished: the front-end truncated its file, or the file system behind it ran out "
-                        "of room; give QEMU memory-backend-memfd, and enough of it")
+            raise Close(_VANISHED)
         if events & (LaneEvent.FROM_GUEST_BROKEN | LaneEvent.TO_GUEST_BROKEN):
             self._backend.report_broken()
         if events & LaneEvent.KICKED and self._resume_at is not None:
@@ -124,6 +130,8 @@ class Connection:
             action()
         except EngineStuck as stuck:
             raise Close(f"{stuck}; closing") from None
+        except MemoryGone:
+            raise Close(_VANISHED) from None
 
     def close(self) -> None:
         """Release everything that came over the connection, then the socket."""
