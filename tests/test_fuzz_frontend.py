@@ -124,7 +124,8 @@ class FrontEndMachine(RuleBasedStateMachine):
         self.known = offer.protocol_features & mask(*KNOWN)
         if far:
             self.number(Request.SET_PROTOCOL_FEATURES, self.known)
-            self.number(Request.SET_FEATURES, self.model.features & ~(0 if packed else mask(Feature.RING_PACKED)))
+            without = mask(Feature.LOG_ALL) if packed else mask(Feature.LOG_ALL, Feature.RING_PACKED)
+            self.number(Request.SET_FEATURES, self.model.features & ~without)
             self.say(Request.ADD_MEM_REG, wire.SINGLE_REGION.encode(REGIONS[0]), REGIONS[0], files=("memory",))
             self.number(Request.SET_STATUS, 0xF)
             for index in rings:
@@ -234,7 +235,7 @@ class FrontEndMachine(RuleBasedStateMachine):
         """What has no payload."""
         self.say(kind, b"", ack=ack, fault=fault)
 
-    @rule(packed=st.booleans(), bit_30=st.booleans(), flip=often(None, *range(0, 64, 3)), ack=acks,
+    @rule(packed=st.booleans(), bit_30=st.booleans(), flip=often(None, *range(2, 64, 3)), ack=acks,
           fault=faults)
     def set_features(self, packed, bit_30, flip, ack, fault):
         value = RING | packed * mask(Feature.RING_PACKED) | bit_30 * mask(Feature.PROTOCOL_FEATURES)
@@ -300,7 +301,7 @@ class FrontEndMachine(RuleBasedStateMachine):
         self.ring(Request.SET_VRING_ENABLE, index, number, ack=ack, fault=fault)
 
     @rule(index=indices, at=often((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 2)), places=st.tuples(places, places, places),
-          flags=often(0, 2), ack=acks, fault=faults)
+          flags=often(0, 1, 2), ack=acks, fault=faults)
     def set_vring_addr(self, index, at, places, flags, ack, fault):
         desc, avail, used = (place + off for place, off in zip(places, at, strict=True))
         addr = VringAddr(index, flags, desc=desc, used=used, avail=avail, log=0)

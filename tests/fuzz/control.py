@@ -50,7 +50,7 @@ with instrumented:
     from vhost_user import wire
     from vhost_user.codec import Decoder, Message, encode
     from vhost_user.errors import PeerError
-    from vhost_user.spec import HEADER_SIZE, ProtocolFeature, Request
+    from vhost_user.spec import HEADER_SIZE, ProtocolFeature, Request, VirtioBit, mask
 
 # Guest memory of the later stages: one region. Ring n lies RING * n into it.
 GPA, UVA, SIZE, RING, ENTRIES = 0x10000, 0x100000, 0x10000, 0x1000, 8
@@ -123,26 +123,35 @@ def _epoll() -> int:
         return os.dup(epoll.fileno())
 
 
-# What may come along with a message; each is made anew.
-KINDS: tuple[Callable[[], int], ...] = (
-    lambda: os.eventfd(0, os.EFD_NONBLOCK),
-    lambda: os.eventfd(0),
-    _full_eventfd,
-    lambda: _memfd(SIZE),
-    lambda: _memfd(1),
-    lambda: _memfd(0),
-    lambda: _memfd(1 << 40),
-    lambda: _memfd(SIZE, seals=fcntl.F_SEAL_WRITE),
-    lambda: _opened_again(os.O_RDONLY),
-    lambda: _opened_again(os.O_PATH),
-    _disk_file,
-    lambda: _end(os.pipe(), 0),
-    lambda: _end(os.pipe(), 1),
-    lambda: _end([end.detach() for end in socket.socketpair()], 0),
-    lambda: os.open("/dev/null", os.O_RDWR),
-    lambda: os.open("/dev/zero", os.O_RDWR),
-    lambda: os.open("/", os.O_RDONLY | os.O_DIRECTORY),
-    _epoll,
+def _with_text(script: Input) -> int:
+    """A pipe that somebody wrote to and left."""
+    read, write = os.pipe()
+    os.write(write, script.take(script.number()))
+    os.close(write)
+    return read
+
+
+# What may come along with a message; each is made anew, one of the rest of the input.
+KINDS: tuple[Callable[[Input], int], ...] = (
+    lambda _: os.eventfd(0, os.EFD_NONBLOCK),
+    lambda _: os.eventfd(0),
+    lambda _: _full_eventfd(),
+    lambda _: _memfd(SIZE),
+    lambda _: _memfd(1),
+    lambda _: _memfd(0),
+    lambda _: _memfd(1 << 40),
+    lambda _: _memfd(SIZE, seals=fcntl.F_SEAL_WRITE),
+    lambda _: _opened_again(os.O_RDONLY),
+    lambda _: _opened_again(os.O_PATH),
+    lambda _: _disk_file(),
+    lambda _: _end(os.pipe(), 0),
+    lambda _: _end(os.pipe(), 1),
+    lambda _: _end([end.detach() for end in socket.socketpair()], 0),
+    lambda _: os.open("/dev/null", os.O_RDWR),
+    lambda _: os.open("/dev/zero", os.O_RDWR),
+    lambda _: os.open("/", os.O_RDONLY | os.O_DIRECTORY),
+    lambda _: _epoll(),
+    _with_text,
 )
 
 
@@ -239,7 +248,8 @@ class Run:
         offer = self._device.offer
         if stage >= 1:
             self._say(Request.SET_PROTOCOL_FEATURES, wire.U64_LAYOUT.encode(wire.U64(offer.protocol_features)))
-            features = offer.features & ~(0 if packed else 1 << 34)
+            # LOG_ALL without a log would have no ring run.
+            features = offer.features & ~mask(VirtioBit.LOG_ALL, *([] if packed else [VirtioBit.RING_PACKED]))
             self._say(Request.SET_FEATURES, wire.U64_LAYOUT.encode(wire.U64(features)))
             self._say(Request.SET_STATUS, wire.U64_LAYOUT.encode(wire.U64(0xF)))
         if stage >= 2:
@@ -264,7 +274,7 @@ class Run:
     def _message(self, operation: int) -> None:
         """One message. Bits 0-3: how many descriptors; bit 4: they come with its payload; bit 5: it wants an
         acknowledgement. From 0x80 on its header is the next 12 bytes, whatever they say."""
-        fds = [KINDS[self._input.number() % len(KINDS)]() for _ in range(operation & 0xF)]
+        fds = [KINDS[self._input.number() % len(KINDS)](self._input) for _ in range(operation & 0xF)]
         late = bool(operation & 0x10)
         need_reply = bool(operation & 0x20)
         try:
@@ -353,7 +363,7 @@ class Run:
 
     def _check_engine(self) -> None:
         state = self._session.state
-        wanted = [index for index, ring in enumerate(state.rings) if ring.started and state.driver_ok]
+        wanted = [index for index in range(len(state.rings)) if state.runnable(index)]
         assert self._device.engine.running() == wanted, (self._device.engine.running(), wanted)
         assert [ring.enabled for ring in self._device.engine.rings] == [ring.enabled for ring in state.rings]
 

@@ -13,6 +13,7 @@ from vhost_user.wire import Region, VringAddr
 
 BIT_30, VERSION_1, LOG_ALL, PACKED = 1 << 30, 1 << 32, 1 << 26, 1 << 34
 DRIVER_OK = 0x04
+LOG_FLAG = 0x1
 END = 1 << 64
 
 
@@ -70,9 +71,11 @@ class Model:
         return bool(self.agreed >> feature & 1)
 
     def running(self) -> list[int]:
-        """The rings that are processed: started, by a driver that is ready."""
+        """The rings that are processed: started, by a driver that is ready, and not to be logged: no log is sent."""
         ready = not self.has(ProtocolFeature.STATUS) or self.status & DRIVER_OK
-        return [index for index, ring in enumerate(self.rings) if ring.started and ready]
+        logged = self.driver_features & LOG_ALL
+        return [index for index, ring in enumerate(self.rings)
+                if ring.started and ready and not (logged or ring.addr.flags & LOG_FLAG)]
 
     def _require(self, holds: object) -> None:
         if not holds:
@@ -102,13 +105,12 @@ class Model:
         return all(at % align == 0 and any(region.uva <= at and at + length <= region.uva + region.size
                                            for region in self.regions) for at, length, align in parts)
 
-    def _start(self, before: list[int]) -> None:
-        """Rings that run now and did not run ``before`` must be able to."""
-        self._require(all(self._can_run(self.rings[index]) for index in set(self.running()) - set(before)))
-
-    def _stop(self, before: list[int]) -> None:
-        """Rings that ran ``before`` and run no more go on from where they were."""
-        for index in set(before) - set(self.running()):
+    def _change(self, before: list[int]) -> None:
+        """Rings that run now and did not run ``before`` must be able to; those that run no more go on from where they
+        were."""
+        now = self.running()
+        self._require(all(self._can_run(self.rings[index]) for index in set(now) - set(before)))
+        for index in set(before) - set(now):
             if not self.driver_features & PACKED:
                 self.rings[index].base &= 0xFFFF
 
@@ -122,7 +124,9 @@ class Model:
         self._no_files(files)
         self._require(not value & ~self.features and value & VERSION_1)
         self._require(not self._any_started() or not (value ^ self.driver_features) & ~LOG_ALL)
+        before = self.running()
         self.driver_features = value
+        self._change(before)
         if not value & BIT_30:
             for ring in self.rings:
                 ring.enabled = True
@@ -170,8 +174,7 @@ class Model:
         if value == 0:
             for ring in self.rings:
                 ring.started = False
-        self._stop(before)
-        self._start(before)
+        self._change(before)
 
     def set_backend_req_fd(self, files: tuple[File, ...]) -> None:
         self._require(self.has(ProtocolFeature.BACKEND_REQ) and len(files) == 1)
@@ -228,11 +231,13 @@ class Model:
     def set_vring_addr(self, addr: VringAddr, files: tuple[File, ...]) -> None:
         ring = self._ring(addr.index)
         self._no_files(files)
-        self._require(not addr.flags & ~(1 if self.features & LOG_ALL else 0))
+        self._require(not addr.flags & ~(LOG_FLAG if self.features & LOG_ALL else 0))
         self._require(addr.desc % 16 == addr.avail % 2 == addr.used % 4 == 0)
         old = ring.addr
         self._require(not ring.started or (addr.desc, addr.avail, addr.used) == (old.desc, old.avail, old.used))
+        before = self.running()
         ring.addr = addr
+        self._change(before)
 
     def set_vring_base(self, index: int, num: int, files: tuple[File, ...]) -> None:
         ring = self._ring(index)
@@ -245,7 +250,7 @@ class Model:
         self._no_files(files)
         before = self.running()
         ring.started = False
-        self._stop(before)
+        self._change(before)
         return ring.base
 
     def _ring_fd(self, index: int, fd: bool, files: tuple[File, ...]) -> Ring:
@@ -261,7 +266,7 @@ class Model:
             self._require(self.driver_features and ring.num and ring.addr)
             self._require(self.driver_features & PACKED or ring.num & (ring.num - 1) == 0)
         ring.started = True
-        self._start(before)
+        self._change(before)
 
     def set_vring_call(self, index: int, fd: bool, files: tuple[File, ...]) -> None:
         self._ring_fd(index, fd, files)
