@@ -301,7 +301,7 @@ def named_files(text: str) -> set[str]:
 
 
 def test_documents_name_files_that_exist() -> None:
-    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    documents = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
     assert len(documents) > 1
     assert not [f"{document.name}: {name}" for document in documents
                 for name in named_files(document.read_text()) if not list(ROOT.glob(name.rstrip("/")))]
