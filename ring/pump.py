@@ -118,6 +118,14 @@ class Lane:
         lib.lane_stats_get(self._handle, s)
         return _flow_stats(s.from_guest), _flow_stats(s.to_guest)
 
+    def guest_mac(self) -> bytes | None:
+        """Where a frame came from that the guest sent since the last call, 6 bytes; None: not known. Raises QueueBusy
+        while it is attached."""
+        if self._pump is not None:
+            raise error(lib.RING_E_BUSY)
+        mac = ffi.new("uint8_t[6]")
+        return bytes(ffi.buffer(mac)) if lib.lane_guest_mac(self._handle, mac) else None
+
     def events(self) -> LaneEvent:
         """What happened since the last call."""
         return LaneEvent(lib.lane_events(self._handle))

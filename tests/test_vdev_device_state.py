@@ -13,8 +13,9 @@ from vhost_user.state import Flow, Offer, RingState, State
 
 COUNTS = {way: {"frames": 12, "bytes": 980, "gso_frames": 1, "kicks": 2, "calls": 3, "dropped": {"no_port": 4}}
           for way in ("from_guest", "to_guest")}
+MAC = bytes.fromhex("525400123456")
 FEATURES = mask(Feature.VERSION_1, Feature.MRG_RXBUF, Feature.CSUM)
-STATE = DeviceState(FEATURES, 1500, ((256, True), (128, False)), COUNTS, {"responder": {"leases": {}}})
+STATE = DeviceState(FEATURES, 1500, ((256, True), (128, False)), (MAC,), COUNTS, {"responder": {"leases": {}}})
 OFFER = Offer(FEATURES | mask(Feature.LOG_ALL), 0, rings=2, queue_num=1)
 
 
@@ -32,7 +33,7 @@ def test_it_can_be_read_by_a_person() -> None:
 def test_state_of_a_session_has_what_the_guest_negotiated() -> None:
     bits = FEATURES | mask(Feature.PROTOCOL_FEATURES, Feature.LOG_ALL)
     state = State((RingState(num=256, flow=Flow.ENABLED), RingState(num=128), RingState()), bits, mtu=1500)
-    assert of_session(state, COUNTS, {"responder": {"leases": {}}}) == STATE
+    assert of_session(state, [MAC], COUNTS, {"responder": {"leases": {}}}) == STATE
 
 
 def test_keys_it_does_not_know_are_passed_over() -> None:
@@ -59,7 +60,7 @@ def test_a_state_that_is_too_long() -> None:
         decode(encode(STATE) + b" " * BYTES_MAX)
 
 
-@pytest.mark.parametrize("key", ["features", "mtu", "queues", "counters", "port"])
+@pytest.mark.parametrize("key", ["features", "mtu", "queues", "macs", "counters", "port"])
 @pytest.mark.parametrize("value", [None, True, -1, 1 << 70, "x", [None], [[]], {"a": 1}, [{"size": 1}],
                                    [{"size": -1, "enabled": True}], [{"size": 1, "enabled": 1}]])
 def test_parts_that_make_no_sense_are_named(key, value) -> None:
@@ -69,11 +70,17 @@ def test_parts_that_make_no_sense_are_named(key, value) -> None:
         decode(json.dumps(json.loads(encode(STATE)) | {key: value}).encode())
 
 
-@pytest.mark.parametrize("key", ["features", "mtu", "queues", "counters", "port"])
+@pytest.mark.parametrize("key", ["features", "mtu", "queues", "macs", "counters", "port"])
 def test_missing_parts_are_named(key) -> None:
     rest = {name: value for name, value in json.loads(encode(STATE)).items() if name != key}
     with pytest.raises(StateError, match=f"it lacks '{key}'"):
         decode(json.dumps(rest).encode())
+
+
+@pytest.mark.parametrize("macs", ["x", [1], ["52:54"], ["52:54:00:12:34:5g"], ["52:54:00:12:34:56"] * 257, [None]])
+def test_addresses_that_make_no_sense(macs) -> None:
+    with pytest.raises(StateError, match="macs makes no sense"):
+        decode(json.dumps(json.loads(encode(STATE)) | {"macs": macs}).encode())
 
 
 @pytest.mark.parametrize("value", [-1, 1.0, "1", True, 1 << 64, None])

@@ -19,7 +19,7 @@ from vhost_user.frontend import FrontEnd
 from vhost_user.spec import STATE_NOFD, Direction
 
 RING = mask(Feature.VERSION_1, Feature.MRG_RXBUF)
-GOOD = {"vdev-state": 1, "features": ["VERSION_1"], "mtu": None, "queues": [], "port": {}, "counters": {
+GOOD = {"vdev-state": 1, "features": ["VERSION_1"], "mtu": None, "queues": [], "macs": [], "port": {}, "counters": {
     way: {"frames": 7, "bytes": 1, "gso_frames": 0, "kicks": 0, "calls": 0, "dropped": {}}
     for way in ("from_guest", "to_guest")}}
 
@@ -66,6 +66,7 @@ def test_VU_DST_B_01_06_a_guests_state_goes_along_and_the_source_goes_on(served)
         found = json.loads(data)
         assert found["features"] == ["MRG_RXBUF", "VERSION_1"]
         assert found["queues"] == 2 * [{"size": 64, "enabled": True}]
+        assert found["macs"] == [FRAME[6:12].hex(":")]
         assert found["counters"]["from_guest"]["frames"] == 1
         with waiting(elsewhere) as front_end:
             assert load(front_end, data) == 0
@@ -76,6 +77,34 @@ def test_VU_DST_B_01_06_a_guests_state_goes_along_and_the_source_goes_on(served)
         guest.qemu.rings = [dataclasses.replace(ring, base=1) for ring in guest.qemu.rings]  # one frame each way
         guest.qemu.start([], RING)
         both_ways(served, guest)
+
+
+def test_a_guest_that_came_is_announced_once_its_rings_run(served) -> None:
+    with ScriptedGuest(served.connect(), features=RING) as guest:
+        guest.qemu.stop()
+        data = json.dumps(GOOD | {"macs": ["52:54:00:12:34:56", "52:54:00:12:34:57"]}).encode()
+        assert load(guest.front_end, data) == 0
+        assert not [told for told in served.port.told if told[0] == "announce"]
+        for _ in range(2):
+            guest.qemu.start([], RING)
+            guest.qemu.stop()
+        announced = [mac.hex() for what, *rest in served.port.told if what == "announce" for mac in rest]
+        assert announced == ["525400123456", "525400123457"]
+
+
+def test_addresses_of_the_last_guest_are_not_those_of_the_next(served) -> None:
+    with ScriptedGuest(served.connect(), features=RING) as guest:
+        both_ways(served, guest)
+    with ScriptedGuest(served.connect(), features=RING) as guest:
+        guest.qemu.stop()
+        assert json.loads(save(guest.front_end))["macs"] == []
+        guest.qemu.start([], RING)
+        both_ways(served, guest)
+        for _ in range(2):  # it is not forgotten by being told
+            guest.qemu.stop()
+            assert json.loads(save(guest.front_end))["macs"] == [FRAME[6:12].hex(":")]
+            guest.qemu.rings = [dataclasses.replace(ring, base=1) for ring in guest.qemu.rings]
+            guest.qemu.start([], RING)
 
 
 def test_counters_add_up_over_migrations(served) -> None:

@@ -230,6 +230,7 @@ class Backend:
         if not wanted:
             self._introduced = False
         if fresh:
+            self.state.announce()
             self._introduce(state)
             self._lost([index for index, queue in fresh.items() if queue.state.broken is not None])
 

@@ -7,6 +7,7 @@ rest; a key that is merely new is passed over by those that do not know it.
      "features": ["CSUM", ...],              what the guest negotiated, by the names of vdev/net/features.py
      "mtu": 1500,                            or null: none was set
      "queues": [{"size": 256, "enabled": true}, ...],        by ring index, those that have a size
+     "macs": ["52:54:00:12:34:56"],          addresses that the guest sends from
      "counters": {"from_guest": {"frames": 12, ..., "dropped": {"no_port": 3}}, "to_guest": {...}},
      "port": {"responder": {...}}}           what the port has learned of the guest, by kind of port
 
@@ -15,6 +16,8 @@ guest memory. What comes in is hostile like everything from that socket. vhost-u
 """
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +29,7 @@ VERSION = 1
 BYTES_MAX = 32 * 1024
 _COUNT_MAX = 1 << 64
 _REASONS_MAX = 64
+_MACS_MAX = 256  # queue pairs there can be
 
 _NOT_THE_GUESTS = mask(Feature.PROTOCOL_FEATURES, Feature.LOG_ALL)
 
@@ -36,19 +40,20 @@ class StateError(Exception):
 
 @dataclass(frozen=True)
 class DeviceState:
-    """See the module. features: a mask. queues: (size, enabled) by ring index."""
+    """See the module. features: a mask. queues: (size, enabled) by ring index. macs: 6 bytes each."""
 
     features: int
     mtu: int | None
     queues: tuple[tuple[int, bool], ...]
+    macs: tuple[bytes, ...]
     counters: Counts
     port: dict[str, Any] = field(default_factory=dict)
 
 
-def of_session(state: State, counters: Counts, port: dict[str, Any]) -> DeviceState:
-    """What ``state`` has to say to the device at the other end."""
+def of_session(state: State, macs: Iterable[bytes], counters: Counts, port: dict[str, Any]) -> DeviceState:
+    """What ``state`` and what else is known have to say to the device at the other end."""
     queues = tuple((ring.num, ring.enabled) for ring in state.rings if ring.num)
-    return DeviceState(state.features & ~_NOT_THE_GUESTS, state.mtu, queues, counters, port)
+    return DeviceState(state.features & ~_NOT_THE_GUESTS, state.mtu, queues, tuple(macs), counters, port)
 
 
 def encode(state: DeviceState) -> bytes:
@@ -56,7 +61,7 @@ def encode(state: DeviceState) -> bytes:
     text = json.dumps({
         "vdev-state": VERSION, "features": names(state.features), "mtu": state.mtu,
         "queues": [{"size": size, "enabled": enabled} for size, enabled in state.queues],
-        "counters": state.counters, "port": state.port})
+        "macs": [mac.hex(":") for mac in state.macs], "counters": state.counters, "port": state.port})
     return text.encode()
 
 
@@ -76,7 +81,7 @@ def decode(data: bytes) -> DeviceState:
                          "ends")
     try:
         return DeviceState(_features(found["features"]), _mtu(found["mtu"]), _queues(found["queues"]),
-                           _counters(found["counters"]), _object(found["port"]))
+                           _macs(found["macs"]), _counters(found["counters"]), _object(found["port"]))
     except KeyError as missing:
         raise StateError(f"it lacks {missing}") from None
     except _Malformed as what:
@@ -127,6 +132,13 @@ def _queues(value: Any) -> tuple[tuple[int, bool], ...]:
             raise _Malformed("enabled")
         queues.append((_number(queue["size"], "size", 1 << 16), queue["enabled"]))
     return tuple(queues)
+
+
+def _macs(value: Any) -> tuple[bytes, ...]:
+    if not isinstance(value, list) or len(value) > _MACS_MAX or not all(
+            isinstance(mac, str) and re.fullmatch("[0-9a-f]{2}(:[0-9a-f]{2}){5}", mac) for mac in value):
+        raise _Malformed("macs")
+    return tuple(bytes.fromhex(mac.replace(":", "")) for mac in value)
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -234,6 +234,12 @@ class Engine:
             totals = (totals[0] + from_guest, totals[1] + to_guest)
         return totals
 
+    def guest_macs(self) -> list[bytes]:
+        """Addresses, 6 bytes each, that the guest has sent from since the last call. Raises EngineStuck."""
+        with self.paused():
+            macs = [lane.guest_mac() for lane in self._lanes]
+        return sorted({mac for mac in macs if mac is not None})
+
     def close(self) -> None:
         """Stop everything and end the worker."""
         self.reset()

@@ -27,6 +27,9 @@ class SessionState:
         self._before: tuple[FlowStats, FlowStats] = engine.stats()
         self._elsewhere: traffic.Counts | None = None  # what went through before the guest came here
         self._transfer: Transfer | None = None
+        engine.guest_macs()  # another guest's are forgotten
+        self._macs: list[bytes] = []
+        self._moved: tuple[bytes, ...] = ()  # addresses of a guest that came here and is not announced yet
 
     @property
     def deadline(self) -> float | None:
@@ -64,6 +67,14 @@ class SessionState:
             self._transfer.close()
             self._transfer = None
 
+    def announce(self) -> None:
+        """The guest runs here now: tell the network at once where the addresses live that it had elsewhere. A guest
+        that announces itself (GUEST_ANNOUNCE) has to be scheduled first, and all that is sent to it until then is lost.
+        """
+        for mac in self._moved:
+            self._port.announce(mac)
+        self._moved = ()
+
     @property
     def _kind(self) -> str:
         return str(self._port).partition(":")[0]
@@ -72,7 +83,8 @@ class SessionState:
         counts = traffic.between(self._before, self._engine.stats())
         if self._elsewhere is not None:
             counts = traffic.added(self._elsewhere, counts)
-        return device_state.of_session(state, counts, {self._kind: self._port.learned()})
+        self._macs = self._engine.guest_macs() or self._macs
+        return device_state.of_session(state, self._macs, counts, {self._kind: self._port.learned()})
 
     def _load(self, data: bytes) -> None:
         """Take over what a device elsewhere has saved. Raises StateError, and nothing changed."""
@@ -84,5 +96,6 @@ class SessionState:
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise StateError(f"what its port {self._kind} has learned makes no sense") from None
         self._elsewhere = loaded.counters
+        self._macs, self._moved = list(loaded.macs), loaded.macs
         self._log.peer(logging.INFO, "state-loaded", "a guest that ran elsewhere comes here; there went through: "
                        f"{traffic.sentence(loaded.counters)}", **loaded.counters)

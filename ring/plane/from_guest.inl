@@ -16,6 +16,8 @@
  */
 #include "flow.h"
 
+enum { MAC = 6 }; /* bytes of an address; a frame begins with where it goes to and where it comes from */
+
 enum sent { SENT, BLOCKED, MEMORY_GONE };
 
 /* Give the frame of one chain to the port. pieces[0] is free for the header. */
@@ -41,6 +43,11 @@ static enum sent send_frame(struct lane *l, const struct chain *c)
         return count_drop(stats, DROP_NULL), SENT;
     if (l->port_gone)
         return count_drop(stats, DROP_NO_PORT), SENT;
+    if (unlikely(l->mac_due)) {
+        pieces_copy(pieces, c->readable, NET_HEADER + MAC, l->guest_mac, MAC, false);
+        l->mac_due = false;
+        l->mac_known = true;
+    }
 
     while (pieces[first].len <= skip)
         skip -= (uint32_t)pieces[first++].len;

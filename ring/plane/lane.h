@@ -47,6 +47,11 @@ struct lane {
     bool port_gone;
     bool memory_gone;
 
+    /* from_guest: where the guest's frames come from, looked at once for each configuration */
+    uint8_t guest_mac[6];
+    bool mac_known;
+    bool mac_due;
+
     struct source kick_from_guest, kick_to_guest, port_in, port_out;
 
     /* to_guest */

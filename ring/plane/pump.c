@@ -406,6 +406,7 @@ int lane_configure(struct lane *l, const struct lane_config *config)
     l->call_from_guest |= call_changed(&l->config.from_guest, &config->from_guest);
     l->call_to_guest |= call_changed(&l->config.to_guest, &config->to_guest);
     l->port_gone = l->memory_gone = false; /* may be mended; if not, the first frame tells */
+    l->mac_due = true;
     l->config = *config;
     if (l->config.max_frame > FRAME_ROOM - NET_HEADER)
         l->config.max_frame = FRAME_ROOM - NET_HEADER; /* a longer one would not fit the private buffer */
@@ -415,6 +416,15 @@ int lane_configure(struct lane *l, const struct lane_config *config)
 void lane_stats_get(const struct lane *l, struct lane_stats *out)
 {
     *out = l->stats;
+}
+
+int lane_guest_mac(struct lane *l, uint8_t *mac)
+{
+    int known = l->mac_known;
+
+    memcpy(mac, l->guest_mac, sizeof(l->guest_mac));
+    l->mac_known = false;
+    return known;
 }
 
 uint32_t lane_events(struct lane *l)

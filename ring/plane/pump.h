@@ -120,6 +120,9 @@ void lane_free(struct lane *l);
 /* -> RING_OK, RING_E_BUSY when attached. */
 int lane_configure(struct lane *l, const struct lane_config *config);
 void lane_stats_get(const struct lane *l, struct lane_stats *out);
+/* The source address (6 bytes) of a frame that the guest has sent lately, and forgets it; not while attached. -> 1,
+ * or 0: none is known. */
+int lane_guest_mac(struct lane *l, uint8_t *mac);
 /* The events since the last call, and forgets them. */
 uint32_t lane_events(struct lane *l);
 
