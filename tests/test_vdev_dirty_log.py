@@ -324,7 +324,7 @@ def test_F30_without_the_log_the_line_says_why_the_front_end_will_not_migrate() 
         front_end.negotiate()
         front_end.negotiate()
         (line,) = served.lines("no-migration")
-        assert "--features -log_all" in line and "vhost lacks VHOST_F_LOG_ALL feature" in line
+        assert "--features -log_all" in line and "lacks VHOST_USER_PROTOCOL_F_LOG_SHMFD feature" in line
 
 
 def test_F30_front_end_without_shared_logs_is_named(served) -> None:

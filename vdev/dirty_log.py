@@ -71,8 +71,9 @@ class SessionLog:
         if self._explained:
             return
         if not offer.features >> VirtioBit.LOG_ALL & 1:
-            why = ("the dirty log was taken out of the offer, and the front-end will refuse, QEMU with \"Migration "
-                   'disabled: vhost lacks VHOST_F_LOG_ALL feature"; start vdev without --features -log_all')
+            why = ("the dirty log was taken out of the offer, so the front-end refuses (QEMU: \"Migration disabled: "
+                   'vhost-user backend lacks VHOST_USER_PROTOCOL_F_LOG_SHMFD feature"); start vdev without --features '
+                   "-log_all")
         elif not protocol_features >> ProtocolFeature.LOG_SHMFD & 1:
             why = "the front-end did not take LOG_SHMFD, without which it cannot learn what the device writes"
         else:

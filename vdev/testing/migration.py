@@ -1,23 +1,17 @@
-"""Live migration of a real guest from one QEMU process to another, and what is seen of it from outside.
+"""Live migration of a real guest from one QEMU process to another.
 
 Both QEMUs run here, joined by a Unix socket. A guest that migrates keeps its memory, its processors and its
 addresses; its devices' back-ends it finds anew at the other end (QEMU, docs/devel/migration).
 """
 
 import json
-import re
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from vdev.testing.guest import LinuxGuest
 from vdev.testing.netns import Namespace
-from vdev.testing.process import Child
 from vdev.testing.qemu import Qemu, QmpError
 
 SECONDS = 240  # for a whole migration under load, on a machine that has other things to do
@@ -113,67 +107,3 @@ def start_and_cancel(guest: LinuxGuest, started: Callable[[], None]) -> None:
     started()
     guest.qemu.qmp.execute("migrate_cancel")
     _await(guest.qemu, ["cancelled"])
-
-
-class Pings:
-    """Ten pings a second from ``namespace`` to ``address`` until :meth:`stop`; a context manager."""
-
-    def __init__(self, namespace: Namespace, address: str, interval: float = 0.1) -> None:
-        self._child = Child(["ping", "-n", "-i", str(interval), address], namespace=namespace)
-
-    def answered(self) -> list[int]:
-        """The numbers of the requests that were answered so far; they begin with 1."""
-        return [int(number) for number in re.findall(r"icmp_seq=(\d+) ttl", self._child.log())]
-
-    def await_answers(self, count: int, seconds: float = 60) -> None:
-        """Wait for so many more answers. Raises MigrationFailed."""
-        wanted, deadline = len(self.answered()) + count, time.monotonic() + seconds
-        while len(self.answered()) < wanted:
-            if time.monotonic() > deadline:
-                raise MigrationFailed(f"{count} answers did not come within {seconds:g} s: {self._child.log()[-500:]}")
-            time.sleep(0.02)
-
-    def stop(self) -> int:
-        """End it -> how many requests before the last one answered have no answer."""
-        self._child.signal(signal.SIGINT)
-        self._child.wait(5)
-        numbers = set(self.answered())
-        self._child.stop()
-        return max(numbers, default=0) - len(numbers)
-
-    def __enter__(self) -> "Pings":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
-        self._child.stop()
-
-
-class Echo:
-    """Random bytes to a guest and back all the while, compared (vdev/testing/echo.py); a context manager.
-
-    In the guest runs an echo server on ``port``. Raises GuestError.
-    """
-
-    def __init__(self, guest: LinuxGuest, namespace: Namespace, address: str, port: int = 7) -> None:
-        listening = f":{port:04X} [0-9A-F]+:0000 0A"  # local port, any peer, state TCP_LISTEN
-        guest.check(f"nc -ll -p {port} -e cat >/dev/null 2>&1 & "
-                    f"until grep -Eq '{listening}' /proc/net/tcp /proc/net/tcp6; do sleep 0.05; done")
-        self._process = namespace.popen([sys.executable, "-m", "vdev.testing.echo", address, str(port)],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def stop(self) -> int:
-        """End it -> bytes that came back as they were sent. Raises MigrationFailed for a byte that did not."""
-        said, _ = self._process.communicate(timeout=60)
-        found = json.loads(said)
-        if found["problem"]:
-            raise MigrationFailed(f"after {found['bytes']} bytes: {found['problem']}")
-        return found["bytes"]
-
-    def __enter__(self) -> "Echo":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            stream.close()

@@ -1,0 +1,118 @@
+"""What is seen of a guest from outside while something happens to it: pings, compared bytes, load both ways."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import TracebackType
+
+from vdev.testing.guest import LinuxGuest
+from vdev.testing.netns import Namespace
+from vdev.testing.process import Child
+
+
+class Unwell(AssertionError):
+    """The guest was not as it ought to be. The text says what was seen."""
+
+
+class Pings:
+    """Ten pings a second from ``namespace`` to ``address`` until :meth:`stop`; a context manager."""
+
+    def __init__(self, namespace: Namespace, address: str, interval: float = 0.1) -> None:
+        self._child = Child(["ping", "-n", "-i", str(interval), address], namespace=namespace)
+
+    def answered(self) -> list[int]:
+        """The numbers of the requests that were answered so far; they begin with 1."""
+        return [int(number) for number in re.findall(r"icmp_seq=(\d+) ttl", self._child.log())]
+
+    def await_answers(self, count: int, seconds: float = 60) -> None:
+        """Wait for so many more answers. Raises Unwell."""
+        wanted, deadline = len(self.answered()) + count, time.monotonic() + seconds
+        while len(self.answered()) < wanted:
+            if time.monotonic() > deadline:
+                raise Unwell(f"{count} answers did not come within {seconds:g} s: {self._child.log()[-500:]}")
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        """End it -> how many requests before the last one answered have no answer."""
+        self._child.signal(signal.SIGINT)
+        self._child.wait(5)
+        numbers = set(self.answered())
+        self._child.stop()
+        return max(numbers, default=0) - len(numbers)
+
+    def __enter__(self) -> "Pings":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._child.stop()
+
+
+class Echo:
+    """Random bytes to a guest and back all the while, compared (vdev/testing/echo.py); a context manager.
+
+    In the guest runs an echo server on ``port``. Raises GuestError.
+    """
+
+    def __init__(self, guest: LinuxGuest, namespace: Namespace, address: str, port: int = 7) -> None:
+        listen(guest, f"nc -ll -p {port} -e cat", port)
+        self._process = namespace.popen([sys.executable, "-m", "vdev.testing.echo", address, str(port)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def stop(self) -> int:
+        """End it -> bytes that came back as they were sent. Raises Unwell for a byte that did not."""
+        said, _ = self._process.communicate(timeout=60)
+        found = json.loads(said)
+        if found["problem"]:
+            raise Unwell(f"after {found['bytes']} bytes: {found['problem']}")
+        return found["bytes"]
+
+    def __enter__(self) -> "Echo":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            stream.close()
+
+
+class Iperf:
+    """TCP both ways between ``namespace`` and a guest, as fast as it goes, all the while; a context manager."""
+
+    def __init__(self, guest: LinuxGuest, namespace: Namespace, address: str, port: int = 5201) -> None:
+        listen(guest, f"iperf3 -s -1 -p {port}", port)
+        self._child = Child(["iperf3", "-J", "-c", address, "-p", str(port), "--bidir", "-t", "3600", "-i", "0.5"],
+                            namespace=namespace)
+
+    def stop(self) -> int:
+        """End it -> bytes carried, both ways together. Raises Unwell when it went only one way, or not to the end."""
+        self._child.signal(signal.SIGINT)
+        self._child.wait(10)
+        said = self._child.log()
+        self._child.stop()
+        try:
+            report = json.loads(said)
+            ways = [report["end"]["sum_sent"]["bytes"], report["end"]["sum_received_bidir_reverse"]["bytes"]]
+            last = [sum(interval[key]["bytes"] for interval in report["intervals"][-4:])
+                    for key in ("sum", "sum_bidir_reverse")]
+        except (ValueError, KeyError):
+            raise Unwell(f"iperf3 failed: {said[-500:]}") from None
+        if not all(ways) or not all(last):
+            raise Unwell(f"iperf3 carried {ways} bytes to and from the guest, in its last two seconds {last}")
+        return sum(ways)
+
+    def __enter__(self) -> "Iperf":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._child.stop()
+
+
+def listen(guest: LinuxGuest, server: str, port: int) -> None:
+    """Start ``server`` in the guest and wait until it listens on TCP ``port``. Raises GuestError."""
+    listening = f":{port:04X} [0-9A-F]+:0000 0A"  # local port, any peer, state TCP_LISTEN
+    guest.check(f"{server} >/dev/null 2>&1 & until grep -Eq '{listening}' /proc/net/tcp /proc/net/tcp6; "
+                "do sleep 0.05; done")
