@@ -39,10 +39,12 @@ def _refuse(text: str) -> SetupError:
 @dataclass(frozen=True)
 class Policy:
     """What memory is accepted. max_bytes bounds the sum of all regions; any_file_system also takes files
-    that are neither tmpfs (memfd included) nor hugetlbfs, whose pages may never arrive."""
+    that are neither tmpfs (memfd included) nor hugetlbfs, whose pages may never arrive. keep_files: each mapping
+    keeps a descriptor of its file, so that it can be handed to another process."""
 
     max_bytes: int = 1 << 42
     any_file_system: bool = False
+    keep_files: bool = False
 
     def check_total(self, size: int) -> None:
         """Raise SetupError if ``size`` bytes in all are too much."""
@@ -58,12 +60,15 @@ class SharedFile:
 
     Raises SetupError when the file is not what shared memory can be: not a regular file, on a file system
     whose pages may block, shorter than ``offset + size`` (touching the rest would raise SIGBUS), read-only
-    or sealed against writing. ``fd`` stays the caller's and may be closed afterwards. noun, where, remedy: what it
-    is, which one it is, and what to do about a file on the wrong file system, for these errors.
+    or sealed against writing. ``fd`` stays the caller's and may be closed afterwards; ``file`` is one of our own if
+    the policy wants it kept, else -1. noun, where, remedy: what it is, which one it is, and what to do about a file
+    on the wrong file system, for these errors.
     """
 
     def __init__(self, fd: int, size: int, offset: int, owner, policy: Policy, *, noun: str, where: str, remedy: str):
         self.size = size
+        self.offset = offset
+        self.file = -1
         self._owner = owner
         self._base = None
         if size <= 0 or offset < 0 or offset + size >= 1 << 63:
@@ -79,11 +84,15 @@ class SharedFile:
             raise _refuse(f"{where}: its file has {status.st_size:#x} bytes, the {noun} needs {offset + size:#x}")
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
             raise _refuse(f"{where}: its file is not open for reading and writing")
+        if policy.keep_files:
+            self.file = os.dup(fd)
         hva, base, length = ffi.new("uint8_t **"), ffi.new("uint8_t **"), ffi.new("size_t *")
         code = lib.guestmem_map(fd, size, offset, owner, hva, base, length)
         if code < 0:
-            reason = os.strerror(ffi.errno) if code == lib.RING_E_NOMEM else "offset or size out of range"
-            hint = "; the file is sealed against writing" if ffi.errno in (errno.EPERM, errno.EACCES) else ""
+            number = ffi.errno
+            self.close()
+            reason = os.strerror(number) if code == lib.RING_E_NOMEM else "offset or size out of range"
+            hint = "; the file is sealed against writing" if number in (errno.EPERM, errno.EACCES) else ""
             raise _refuse(f"{where}: cannot be mapped ({reason}{hint})")
         self._hva, self._base, self._length = hva[0], base[0], length[0]
 
@@ -92,6 +101,9 @@ class SharedFile:
         if self._base is not None:
             lib.guestmem_unmap(self._base, self._length)
             self._base = None
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
 
 
 class Mapping(SharedFile):

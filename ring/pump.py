@@ -130,6 +130,25 @@ class Lane:
         """What happened since the last call."""
         return LaneEvent(lib.lane_events(self._handle))
 
+    @property
+    def held(self) -> bytes:
+        """The frame behind its net header that was read from the port and waits for buffers of the guest; empty: none.
+        Raises QueueBusy while attached."""
+        out = ffi.new("uint8_t[]", lib.FRAME_ROOM)
+        length = lib.lane_held(self._handle, out)
+        if length < 0:
+            raise error(length)
+        return bytes(ffi.buffer(out, length))
+
+    def hold(self, frame: bytes) -> None:
+        """Have such a frame wait, in place of what waits now. Raises QueueBusy while attached, ValueError for a length
+        that no frame has."""
+        if not lib.NET_HEADER < len(frame) <= lib.FRAME_ROOM:
+            raise ValueError(f"a frame of {len(frame)} bytes with its net header")
+        status = lib.lane_hold(self._handle, frame, len(frame))
+        if status < 0:
+            raise error(status)
+
     def close(self) -> None:
         """Free it; it must be detached."""
         if self._pump is not None:

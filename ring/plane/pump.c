@@ -19,6 +19,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <time.h>
@@ -430,6 +431,27 @@ int lane_guest_mac(struct lane *l, uint8_t *mac)
 uint32_t lane_events(struct lane *l)
 {
     return __atomic_exchange_n(&l->events, 0, __ATOMIC_RELAXED);
+}
+
+int lane_held(const struct lane *l, uint8_t *out)
+{
+    if (l->attached)
+        return RING_E_BUSY;
+    if (!l->held)
+        return 0;
+    memcpy(out, &l->held_header, NET_HEADER);
+    memcpy(out + NET_HEADER, l->room, l->held);
+    return (int)(NET_HEADER + l->held);
+}
+
+int lane_hold(struct lane *l, const uint8_t *frame, uint32_t length)
+{
+    if (l->attached)
+        return RING_E_BUSY;
+    l->held = length - NET_HEADER;
+    memcpy(&l->held_header, frame, NET_HEADER);
+    memcpy(l->room, frame + NET_HEADER, l->held);
+    return RING_OK;
 }
 
 int pump_attach(struct pump *p, struct lane *l)

@@ -126,6 +126,13 @@ int lane_guest_mac(struct lane *l, uint8_t *mac);
 /* The events since the last call, and forgets them. */
 uint32_t lane_events(struct lane *l);
 
+/* The frame that waits in a detached lane for buffers of the guest, behind its net header: `out` has room for
+ * FRAME_ROOM bytes. -> its length with the header; 0: none waits; RING_E_BUSY. */
+int lane_held(const struct lane *l, uint8_t *out);
+/* Have a frame wait so, in place of what waits now: with the header more than NET_HEADER and at most FRAME_ROOM bytes.
+ * -> RING_OK, RING_E_BUSY. */
+int lane_hold(struct lane *l, const uint8_t *frame, uint32_t length);
+
 /* Hand over; each queue is looked at once without a kick and its driver is called once.
  * -> RING_OK or RING_E_BUSY / RING_E_NOMEM. */
 int pump_attach(struct pump *p, struct lane *l);
