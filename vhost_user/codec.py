@@ -47,6 +47,16 @@ def encode_ack(request: int, success: bool) -> bytes:
     return encode(request, U64_LAYOUT.encode(U64(0 if success else 1)), reply=True)
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What has been read of a message that is not complete. header: (request, flags, size) once it is there; part:
+    bytes of the header, or then of the payload; fds: descriptors that came with its first byte."""
+
+    header: tuple[int, int, int] | None = None
+    part: bytes = b""
+    fds: tuple[int, ...] = ()
+
+
 class Decoder:
     """Assembles messages from pieces of any size.
 
@@ -69,6 +79,21 @@ class Decoder:
     def started(self) -> bool:
         """Some bytes of a message have been read, but not all."""
         return self._header is not None or bool(self._part)
+
+    @property
+    def begun(self) -> Begun:
+        """The message that is not complete; its descriptors stay this object's."""
+        return Begun(self._header, bytes(self._part), tuple(self._fds[i] for i in range(len(self._fds))))
+
+    def go_on(self, begun: Begun) -> None:
+        """Go on where another Decoder was; ``begun.fds`` are this object's from now on. Raises Close, as feed does,
+        for a header that is not one, ValueError for bytes that would have completed what was begun."""
+        self._fds = OwnedFds(begun.fds)
+        if begun.header is not None:
+            self._check(*begun.header)
+        self._header, self._part = begun.header, bytearray(begun.part)
+        if self.needed <= 0:
+            raise ValueError("a message that was begun is complete")
 
     def feed(self, data: bytes, fds: OwnedFds | None = None) -> Message | None:
         """Take at most :attr:`needed` bytes, and the descriptors that came with them.

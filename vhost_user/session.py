@@ -77,11 +77,17 @@ class Result:
 
 
 class Session:
-    """The back-end's view of one connection. Not thread safe."""
+    """The back-end's view of one connection. Not thread safe.
 
-    def __init__(self, offer: Offer) -> None:
+    state: what another process had agreed on over the same connection; None: nothing yet. Raises ValueError when it is
+    not one of ``offer``.
+    """
+
+    def __init__(self, offer: Offer, state: State | None = None) -> None:
         self.offer = offer
-        self.state = State(rings=(RingState(),) * offer.rings)
+        self.state = state or State(rings=(RingState(),) * offer.rings)
+        if len(self.state.rings) != offer.rings or self.state.features & ~offer.features:
+            raise ValueError("what was agreed on is not what is offered")
 
     @property
     def features(self) -> int:

@@ -141,6 +141,12 @@ class Offer:
     max_mem_slots: int = 32
     max_queue_size: int = QUEUE_SIZE_MAX
 
+    def keeps(self, earlier: "Offer") -> bool:
+        """Whoever was told ``earlier`` may go on in the belief that it holds."""
+        return (not earlier.features & ~self.features and not earlier.protocol_features & ~self.protocol_features
+                and (self.rings, self.queue_num) == (earlier.rings, earlier.queue_num)
+                and self.max_mem_slots >= earlier.max_mem_slots and self.max_queue_size >= earlier.max_queue_size)
+
     def __post_init__(self) -> None:
         if not self.features >> VirtioBit.VERSION_1 & 1:
             raise ValueError("an offer without VERSION_1 would promise a legacy device")

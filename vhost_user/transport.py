@@ -15,7 +15,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 
-from .codec import Decoder, Message
+from .codec import Begun, Decoder, Message
 from .errors import Close, Disconnected
 from .fds import OwnedFds
 from .spec import FDS_MAX
@@ -51,6 +51,17 @@ class Transport:
         """The clock's time by which the message now begun must be complete, and :meth:`expire` is due. None
         while there is none."""
         return self._deadline
+
+    @property
+    def begun(self) -> Begun:
+        """The message that is not all there yet; its descriptors stay this object's."""
+        return self._decoder.begun
+
+    def go_on(self, begun: Begun, deadline: float | None) -> None:
+        """Go on where another Transport was on the same connection; the descriptors of ``begun`` are this object's from
+        now on. Raises as :meth:`Decoder.go_on`."""
+        self._decoder.go_on(begun)
+        self._deadline = deadline
 
     def expire(self) -> None:
         """Raises Close if a message was begun and not completed by its deadline."""
