@@ -60,9 +60,10 @@ class SharedFile:
 
     Raises SetupError when the file is not what shared memory can be: not a regular file, on a file system
     whose pages may block, shorter than ``offset + size`` (touching the rest would raise SIGBUS), read-only
-    or sealed against writing. ``fd`` stays the caller's and may be closed afterwards; ``file`` is one of our own if
-    the policy wants it kept, else -1. noun, where, remedy: what it is, which one it is, and what to do about a file
-    on the wrong file system, for these errors.
+    or sealed against writing. ``fd`` stays the caller's and may be closed afterwards. noun, where, remedy: what it
+    is, which one it is, and what to do about a file on the wrong file system, for these errors.
+
+    identity: (device, inode) of the file. file: a descriptor of our own if the policy wants it kept, else -1.
     """
 
     def __init__(self, fd: int, size: int, offset: int, owner, policy: Policy, *, noun: str, where: str, remedy: str):
@@ -78,7 +79,7 @@ class SharedFile:
             raise _refuse(f"{where}: its descriptor is no regular file; use a memfd or a file in /dev/shm")
         if not policy.any_file_system and _file_system(fd) not in (TMPFS_MAGIC, HUGETLBFS_MAGIC):
             raise _refuse(f"{where}: its file is neither on tmpfs (memfd) nor on hugetlbfs; {remedy}")
-        self.file = status.st_dev, status.st_ino
+        self.identity = status.st_dev, status.st_ino
         self.offset = offset
         if status.st_size < offset + size:
             raise _refuse(f"{where}: its file has {status.st_size:#x} bytes, the {noun} needs {offset + size:#x}")
@@ -159,7 +160,7 @@ class GuestMemory:
         guest's memory, whoever maps it. Raises ValueError for an address outside all mappings."""
         for mapping in self.mappings:
             if mapping.uva <= uva < mapping.uva + mapping.size:
-                return *mapping.file, mapping.offset + uva - mapping.uva
+                return *mapping.identity, mapping.offset + uva - mapping.uva
         raise ValueError(f"{uva:#x} is in no region")
 
     def close(self) -> None:

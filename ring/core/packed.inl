@@ -185,7 +185,8 @@ static inline void packed_note(struct vq *q, uint32_t slots, uint32_t written, u
 static inline void packed_push(struct vq *q, uint32_t head, uint32_t slots, uint32_t written)
 {
     struct packed_desc *d = &q->packed[q->next_used];
-    uint16_t flags = written ? DESC_F_WRITE : 0, to = q->next_used;
+    uint16_t flags = written ? DESC_F_WRITE : 0;
+    uint16_t to = q->next_used;
     bool to_wrap = q->used_wrap;
 
     packed_advance(q, &to, &to_wrap, slots);
