@@ -72,6 +72,24 @@ def test_frame_from_guest(ring, features, length, cuts, direct):
 
 
 @every_ring
+@pytest.mark.parametrize("cuts", [(), (12,), (20,), (3, 12, 19, 21)])
+def test_address_that_the_guest_sends_from(ring, cuts):
+    """It is looked at once for each configuration, and told once, when the lane is back."""
+    with pumped(MERGEABLE | ring) as (driver, device):
+        for first in (0, 2):
+            for seed in (first, first + 1):
+                driver.transmit(pattern(100, seed), cuts=cuts)
+                assert device.receive() == (NetHeader(), pattern(100, seed))
+            with pytest.raises(QueueBusy):
+                device.lane.guest_mac()
+            device.detach()
+            assert device.lane.guest_mac() == pattern(100, first)[6:12]
+            assert device.lane.guest_mac() is None
+            device.attach()
+            assert driver.reclaim_all(10)
+
+
+@every_ring
 def test_frames_keep_their_order_and_their_headers(ring):
     with pumped(MERGEABLE | mask(Feature.CSUM) | ring) as (driver, device):
         headers = [NetHeader(flags=NEEDS_CSUM, csum_start=14 + i, csum_offset=i % 7) for i in range(200)]
