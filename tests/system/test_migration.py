@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from vdev.testing.measure import ping_from_host
 from vdev.testing.migration import Report, migrate, start_and_cancel
 from vdev.testing.netns import Namespace
 from vdev.testing.onlookers import Echo, Iperf, Pings
-from vdev.testing.qemu import QemuProgram, QmpError, tap_args
+from vdev.testing.qemu import QemuProgram, QmpError, accelerator, tap_args
 
 HOST, GUEST, MAC = "10.13.0.1", "10.13.0.2", "52:54:00:13:13:13"
 INTERVAL = 0.1  # seconds between pings
@@ -35,6 +34,14 @@ def bridge(lan: Namespace) -> Namespace:
     lan.run(["ip", "addr", "add", f"{HOST}/24", "dev", "bridge0"])
     lan.run(["ip", "link", "set", "bridge0", "up"])
     return lan
+
+
+@pytest.fixture
+def sound(qemu: QemuProgram) -> None:
+    """Skips where a guest does not survive migration with whatever device."""
+    if accelerator() == "tcg" and qemu.version < (10, 0):
+        pytest.skip(f"{qemu} under TCG loses writes of the guest's own processor: its guests crash after a few "
+                    "migrations, with its own virtio-net as well")
 
 
 @dataclass
@@ -124,7 +131,7 @@ def own_device(lan: Namespace) -> list[list[str]]:
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)], ids=["once", "ten-times"])
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_F29_there_and_back_under_load(bridge, pair, boot, record_property, times, packed) -> None:
+def test_F29_there_and_back_under_load(sound, bridge, pair, boot, times, packed) -> None:
     both = pair(packed=packed)
     guest = boot(both.networks[0])
     ours = there_and_back(guest, both.networks, bridge, times)
@@ -132,8 +139,7 @@ def test_F29_there_and_back_under_load(bridge, pair, boot, record_property, time
     own = own_device(bridge)
     guest = boot(own[0], namespace=bridge)
     qemus = there_and_back(guest, own, bridge, times, namespace=bridge)
-    record_property("journeys", {"vdev": vars(ours), "QEMU": vars(qemus)})
-    print(ours, qemus, sep="\n")
+    print(f"vdev: {ours}\nQEMU: {qemus}")
     assert ours.echoed > 0 < ours.loaded
     # How long it stops the guest is decided by QEMU, by what it guesses of the bandwidth of a busy machine.
     longer = max(0, math.ceil((ours.stopped - qemus.stopped) / INTERVAL))
@@ -142,9 +148,8 @@ def test_F29_there_and_back_under_load(bridge, pair, boot, record_property, time
         assert daemon.events("log-on") and not daemon.events("log-too-small")
 
 
-@pytest.mark.parametrize("queue_pairs", [2])
-def test_guest_with_more_queues_migrates(bridge, pair, boot, queue_pairs) -> None:
-    both = pair(queue_pairs=queue_pairs)
+def test_guest_with_more_queues_migrates(sound, bridge, pair, boot) -> None:
+    both = pair(queue_pairs=2)
     guest = boot(both.networks[0], cpus=2)
     for network in (both.networks[1], both.networks[0]):
         migrate(guest, network)
@@ -165,7 +170,7 @@ print(frame[:14].hex(), flush=True)
 """
 
 
-def test_VU_NET_B_01_guest_that_cannot_announce_itself_is_announced(bridge, pair, boot) -> None:
+def test_VU_NET_B_01_guest_that_cannot_announce_itself_is_announced(sound, bridge, pair, boot) -> None:
     """QEMU sends SEND_RARP where the guest has no GUEST_ANNOUNCE."""
     both = pair("--features=-guest_announce")
     guest = boot(both.networks[0])
@@ -201,12 +206,6 @@ def test_F28_started_and_cancelled_under_load_leaves_nothing(bridge, pair, boot,
     daemon = both.daemons[0]
     guest = boot(both.networks[0])
 
-    def logged(event: str, count: int) -> None:
-        deadline = time.monotonic() + 30
-        while len(daemon.events(event)) < count:
-            assert time.monotonic() < deadline, daemon.child.log()
-            time.sleep(0.02)
-
     with Echo(guest, bridge, GUEST) as echo, Pings(bridge, GUEST) as pings:
         pings.await_answers(5)
         before = resources(daemon)
@@ -216,7 +215,7 @@ def test_F28_started_and_cancelled_under_load_leaves_nothing(bridge, pair, boot,
         pings.await_answers(10)
         assert echo.stop() > 0
         assert pings.stop() == 0
-    logged("log-off", 1)
-    assert resources(daemon)[1] <= before[1] + 1  # the last log stays until another replaces it
-    assert resources(daemon)[0] <= before[0]
-    assert {maps for _, maps in during} <= {before[1], before[1] + 1}
+    assert daemon.events("log-on") and daemon.events("log-off")
+    # The last log stays until another one replaces it.
+    assert resources(daemon) == (before[0], before[1] + 1)
+    assert during == {(before[0], before[1] + 1)}
