@@ -222,10 +222,10 @@ def test_P19_descriptors_above_1023(tmp_path) -> None:
 
 def test_P21_thousands_of_messages_at_once_in_order(daemon) -> None:
     with daemon.agreed() as front_end:
+        unanswered = encode(Request.SET_OWNER) * 20
         for _ in range(3):
-            front_end.send_raw(b"".join(map(encode, ANSWERED)) * 250)
-            answers = [front_end.receive().request for _ in range(1000)]
-            assert answers == [*ANSWERED] * 250
+            front_end.send_raw(b"".join(unanswered + encode(kind) for kind in ANSWERED) * 25)
+            assert [front_end.receive().request for _ in range(100)] == [*ANSWERED] * 25
 
 
 def test_P21_another_device_is_served_during_a_flood(daemon) -> None:
@@ -294,9 +294,9 @@ def test_P24_session_is_gone_when_its_socket_closes(daemon) -> None:
 def test_P25_flood_of_bad_messages_writes_few_lines(daemon) -> None:
     lines = daemon.daemon.child.log().count("\n")
     with daemon.agreed() as front_end:
-        for _ in range(500):
+        for _ in range(150):
             assert refused(front_end, Request.SET_VRING_CALL, b"")
-    for _ in range(100):
+    for _ in range(50):
         with daemon.connect() as front_end:
             assert ends(front_end, b"\xff" * 12)
     assert daemon.daemon.child.log().count("\n") - lines < 100

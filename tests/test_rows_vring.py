@@ -230,7 +230,7 @@ def test_P76_base_of_a_ring_never_set_up(daemon) -> None:
 def test_P77_base_while_frames_are_on_their_way(daemon) -> None:
     """It agrees with what was used, and nothing is written after it was answered."""
     with ScriptedGuest.connect(daemon.path) as guest:
-        for _ in range(20):
+        for _ in range(8):
             for _ in range(32):
                 guest.driver.offer(FRAME)
             guest.driver.transmitq.submit()
