@@ -79,7 +79,7 @@ MISTAKES = {
         "guest memory is still mapped"),
     "a refused request leaves a trace": (
         "vhost_user/session.py", "        except Refused as refused:\n",
-        "        except Refused as refused:\n            self.state = replace(self.state, status=7)\n",
+        "        except Refused as refused:\n            self.state = State(self.state.rings)\n",
         "a request that was refused changed the session"),
     "status 0 stops no ring": (
         "vdev/backend.py", "for index in running - wanted:", "for index in ():", "AssertionError"),
