@@ -159,10 +159,11 @@ def test_link_stays_up_on_pair_0_without_a_guest() -> None:
         assert served.port.told[-2:] == [("enable", 0, True), ("enable", 1, False)]
 
 
-def test_get_queue_num_counts_pairs() -> None:
-    with ServedDevice(WirePort(4)) as served, FrontEnd(served.connect()) as front:
+@pytest.mark.parametrize(("personality", "number"), [("qemu-net", 4), ("full", 8)])
+def test_get_queue_num_counts_what_the_front_end_means(personality, number) -> None:
+    with ServedDevice(WirePort(4), personality=personality) as served, FrontEnd(served.connect()) as front:
         front.negotiate()
-        assert front.get_queue_num() == 4
+        assert front.get_queue_num() == number
 
 
 def test_F14_port_that_is_gone_drops_and_comes_back(served, guest) -> None:

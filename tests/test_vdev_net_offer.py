@@ -1,10 +1,15 @@
-"""vdev/net/offer.py: what is offered, whatever the port."""
+"""vdev/net/offer.py: what is offered, whatever the port, and that docs/protocol.md says the same."""
+
+import re
+from enum import IntEnum
+from pathlib import Path
 
 import pytest
 
 from vdev.net.features import OFFLOADS, Feature, mask
-from vdev.net.offer import virtio_features
+from vdev.net.offer import PERSONALITIES, protocol_features, virtio_features
 from vdev.ports.base import Carries
+from vhost_user.spec import ProtocolFeature
 
 EVERYTHING = Carries(12, OFFLOADS, 8)
 NOTHING = Carries(12, 0, 1)
@@ -23,3 +28,51 @@ def test_each_kind_of_ring_can_be_taken_out_alone(bit: Feature) -> None:
 
 def test_RSVF_D_06_software_on_the_guests_own_processors_asks_for_no_platform_barriers() -> None:
     assert not virtio_features(EVERYTHING, 8) & mask(Feature.ORDER_PLATFORM)
+
+
+# ------------------------------------------------------------------------------- docs/protocol.md
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "protocol.md"
+
+
+def table(heading: str) -> dict[str, list[tuple[int, str, str]]]:
+    """The table below ``heading``: the name of each column about an audience -> (bit, feature, cell) of every row."""
+    section = DOCUMENT.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = re.findall(r"^\|.*", section, re.M)
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    for row in rows:
+        assert "no" not in row[2:-1] or row[-1], f"{row[1]}: no reason is given"
+    return {name: [(int(row[0]), row[1], row[column]) for row in rows]
+            for column, name in enumerate(head[2:-1], 2)}
+
+
+def expected(names: type[IntEnum], cell_of) -> list[tuple[int, str, str]]:
+    return [(bit.value, bit.name, cell_of(1 << bit)) for bit in names]
+
+
+def virtio_cell(bit: int) -> str:
+    if virtio_features(NOTHING, 1) & bit:
+        return "yes"
+    if virtio_features(NOTHING, 2) & bit:
+        return "pairs"
+    return "port" if virtio_features(EVERYTHING, 1) & bit else "no"
+
+
+def test_the_table_of_virtio_features_is_true() -> None:
+    assert table("Virtio features") == dict.fromkeys(PERSONALITIES, expected(Feature, virtio_cell))
+
+
+def test_the_table_of_protocol_features_is_true() -> None:
+    documented = table("Protocol features")
+    assert list(documented) == list(PERSONALITIES)
+    offered = protocol_features(virtio_features(EVERYTHING, 1))
+    for rows in documented.values():
+        assert rows == expected(ProtocolFeature, lambda bit: "yes" if offered & bit else "no")
+
+
+def test_what_qemu_would_set_without_acting_on_it_is_not_offered() -> None:
+    """Bits that were seen to be set by QEMU's net device, which then sends nothing of what they promise."""
+    for bit in (ProtocolFeature.XEN_MMAP, ProtocolFeature.CONFIG, ProtocolFeature.INFLIGHT_SHMFD,
+                ProtocolFeature.INBAND_NOTIFICATIONS):
+        assert not protocol_features(virtio_features(EVERYTHING, 8)) >> bit & 1
+    assert not virtio_features(EVERYTHING, 8) & mask(Feature.RING_RESET, Feature.HASH_REPORT)

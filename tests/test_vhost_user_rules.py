@@ -487,3 +487,36 @@ def test_P17_random_sequences_raise_only_peer_errors_and_leak_nothing(sequence, 
         except PeerError:
             assert session.state is before
         assert open_fds() == descriptors
+
+
+# --------------------------------------------------------------------------------- GPA_ADDRESSES
+
+GPA_ADDRESSES = mask(ProtocolFeature.GPA_ADDRESSES)
+
+
+@pytest.fixture
+def by_gpa() -> Session:
+    """A session in which rings are named by guest-physical address."""
+    session = Session(replace(OFFER, protocol_features=PROTOCOL | GPA_ADDRESSES))
+    do(session, Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL | GPA_ADDRESSES))
+    return session
+
+
+def test_regions_named_by_gpa_may_share_a_user_address(by_gpa):
+    do(by_gpa, Request.ADD_MEM_REG, REGION, fds=1)
+    do(by_gpa, Request.ADD_MEM_REG, replace(FAR, uva=REGION.uva), fds=1)
+    do(by_gpa, Request.REM_MEM_REG, replace(FAR, uva=REGION.uva))
+    refuse(by_gpa, Request.ADD_MEM_REG, replace(REGION, uva=0), fds=1, match="overlaps .* in its gpa")
+
+
+def test_a_user_address_that_means_nothing_cannot_overflow(by_gpa):
+    do(by_gpa, Request.ADD_MEM_REG, replace(REGION, uva=2**64 - 1), fds=1)
+    refuse(by_gpa, Request.ADD_MEM_REG, replace(REGION, gpa=2**64 - 1), fds=1, match=r"gpa \+ size goes beyond")
+
+
+def test_what_addresses_mean_does_not_change_once_memory_is_shared(by_gpa):
+    do(by_gpa, Request.ADD_MEM_REG, REGION, fds=1)
+    do(by_gpa, Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL | GPA_ADDRESSES))
+    refuse(by_gpa, Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL), match="GPA_ADDRESSES would change")
+    do(by_gpa, Request.REM_MEM_REG, REGION)
+    do(by_gpa, Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL))

@@ -17,6 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from ring.errors import MemoryGone, RingBroken, SetupError
 from ring.guestmem import DEFAULT_POLICY, Policy
@@ -32,8 +33,9 @@ from vdev.net.features import Feature, mask, names
 from vdev.ports.base import Port, PortError
 from vdev.session_state import SessionState
 from vhost_user.session import Accepted, Result, Session
-from vhost_user.spec import STATE_NOFD, Request
+from vhost_user.spec import STATE_NOFD, ProtocolFeature, Request
 from vhost_user.state import Notifier, State
+from vhost_user.wire import Region
 
 RARP_INTERVAL = 0.02  # seconds between announcements; QEMU sends five, 50 ms and more apart
 
@@ -87,19 +89,25 @@ class Backend:
         except OSError as error:
             return Result.refused(f"{os.strerror(error.errno).lower()}; vdev ran out of a resource")
 
+    def _addressed(self, region: Region) -> Region:
+        """``region`` as the addresses of rings name it. With GPA_ADDRESSES they are guest-physical, and what the
+        front-end puts in place of its own address means nothing."""
+        gpa_addresses = self.session.state.has(ProtocolFeature.GPA_ADDRESSES)
+        return replace(region, uva=region.gpa) if gpa_addresses else region
+
     def _set_mem_table(self, request: Accepted) -> None:
         fds = [request.fds[i] for i in range(len(request.fds))]
-        self._lost(self.memory.replace(request.payload.regions, fds))
+        self._lost(self.memory.replace(tuple(self._addressed(region) for region in request.payload.regions), fds))
 
     def _add_mem_reg(self, request: Accepted) -> None:
         # QEMU before 8.0 adds and removes all memory once for each queue pair; the session counts.
         if request.payload not in self.session.regions:
-            self._lost(self.memory.add(request.payload, request.fds[0]))
+            self._lost(self.memory.add(self._addressed(request.payload), request.fds[0]))
 
     def _rem_mem_reg(self, request: Accepted) -> None:
         left = self.session.after(request).regions
         if not any(region.same_place(request.payload) for region in left):
-            self._lost(self.memory.remove(request.payload))
+            self._lost(self.memory.remove(self._addressed(request.payload)))
 
     def _set_protocol_features(self, request: Accepted) -> None:
         self.dirty.explain(self.session.offer, request.payload.value)

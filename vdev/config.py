@@ -25,6 +25,7 @@ from vdev.errors import Misuse
 from vdev.features_option import FeatureEdit, parse_features
 from vdev.listen import PATH_MAX
 from vdev.logs import FORMATS, LEVELS
+from vdev.net.offer import PERSONALITIES
 from vdev.options import OptionError, pairs, split
 from vdev.ports.spec import PortSpec, TapSpec, parse_port, take_port
 
@@ -41,6 +42,7 @@ class DeviceConfig:
     socket_group: name, number or ``auto``; None leaves the group alone.
     port: None for the default one.
     queue_pairs: 1 to QUEUE_PAIRS_MAX; None for what suits the port.
+    personality: what kind of front-end to expect, of vdev.net.offer.PERSONALITIES.
     """
 
     name: str
@@ -52,6 +54,7 @@ class DeviceConfig:
     port: PortSpec | None = None
     queue_pairs: int | None = None
     features: FeatureEdit = FeatureEdit()
+    personality: str = PERSONALITIES[0]
 
     def __str__(self) -> str:
         """The socket as the ``ready`` line gives it."""
@@ -151,9 +154,10 @@ DEVICE_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "port": ("port", _port),
     "queue-pairs": ("queue_pairs", queue_pairs),
     "features": ("features", _features),
+    "personality": ("personality", _choice(*PERSONALITIES)),
 }
 # those that may also be given once for all devices
-SHARED_KEYS = ("client", "socket-group", "socket-mode", "queue-pairs", "features")
+SHARED_KEYS = ("client", "socket-group", "socket-mode", "queue-pairs", "features", "personality")
 
 PROCESS_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "one-off": ("one_off", _flag),

@@ -27,10 +27,10 @@ class Device:
         self._log = log
         pairs = config.queue_pairs
         self.engine = Engine(port, pairs, journal)
-        # GET_QUEUE_NUM: QEMU's net device means queue pairs
+        audience = offer.Audience(config.personality)
         features = offer.virtio_features(port.carries, pairs, config.features.remove)
-        self.offer = Offer(features, offer.protocol_features(features), rings=2 * pairs, queue_num=pairs,
-                           max_mem_slots=MEM_SLOTS)
+        self.offer = Offer(features, offer.protocol_features(features), rings=2 * pairs,
+                           queue_num=audience.queue_num(pairs), max_mem_slots=MEM_SLOTS)
         self._connection: Connection | None = None
         for note in port.notes:
             log.info("port", note)

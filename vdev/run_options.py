@@ -7,6 +7,7 @@ from typing import NoReturn
 from vdev.config import DEVICE_KEYS, PROCESS_KEYS, SHARED_KEYS, DaemonConfig, build
 from vdev.errors import Misuse
 from vdev.logs import FORMATS, LEVELS
+from vdev.net.offer import PERSONALITIES
 from vdev.ports.spec import KINDS
 
 
@@ -50,6 +51,9 @@ def parser(prog: str, verbs: str = "") -> Parser:
            help="offer N queue pairs (default: 8 on a TAP that has several queues, else 1)")
     device("--features", metavar="LIST",
            help="do not offer some features, or insist on some: -mrg_rxbuf,+guest_tso4")
+    device("--personality", metavar="|".join(PERSONALITIES),
+           help=f"what the front-end is: QEMU's net device, or one that leaves the whole device to vdev "
+                f"(default: {PERSONALITIES[0]})")
     device("--client", action="store_const", const=True,
            help="connect to PATH, where the front-end listens, and try again for ever")
     device("--socket-group", metavar="GROUP",

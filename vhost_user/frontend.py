@@ -37,6 +37,10 @@ from .wire import (
 )
 
 
+# Whoever sets these must give addresses otherwise.
+ASKED_FOR = mask(ProtocolFeature.GPA_ADDRESSES)
+
+
 class NoAnswer(Exception):
     """The back-end did not answer in time, or not with what was asked."""
 
@@ -63,8 +67,9 @@ class SharedRegion:
 
 @dataclass(frozen=True)
 class RingSetup:
-    """All a back-end has to know of one ring. ``desc``, ``avail`` and ``used`` are uva, ``log`` is the gpa of the
-    used ring in the dirty log; ``kick``, ``call`` and ``err`` are eventfds that stay the caller's, None for none."""
+    """All a back-end has to know of one ring. ``desc``, ``avail`` and ``used`` are uva (gpa with GPA_ADDRESSES), ``log``
+    is the gpa of the used ring in the dirty log; ``kick``, ``call`` and ``err`` are eventfds that stay the caller's,
+    None for none."""
 
     num: int
     desc: int
@@ -288,7 +293,7 @@ class FrontEnd:
 
     def set_vring_addr(self, index: int, desc: int, avail: int, used: int, *, flags: int = 0,
                        log: int = 0, need_reply: bool | None = None) -> None:
-        """Say where a ring lies, in uva."""
+        """Say where a ring lies, in uva (gpa with GPA_ADDRESSES)."""
         payload = VRING_ADDR.encode(VringAddr(index, flags, desc, used, avail, log))
         self.request(Request.SET_VRING_ADDR, payload, need_reply=need_reply)
 
@@ -363,7 +368,8 @@ class FrontEnd:
     # --------------------------------------------------------------------------------------- short cuts
 
     def negotiate(self, features: int | None = None, protocol_features: int | None = None) -> int:
-        """Agree on as much as both sides want: all that is offered, or what is offered of the masks given.
+        """Agree on as much as both sides want: all that is offered, or what is offered of the masks given. Protocol
+        features that change what the other methods have to be given (see ASKED_FOR) only count in a mask.
 
         Bit 30 is set wherever it is offered, and LOG_ALL only if asked for: it is no feature of the guest but says
         that a migration is under way. Returns the virtio features set.
@@ -372,7 +378,7 @@ class FrontEnd:
         protocol_bit = offered & 1 << VirtioBit.PROTOCOL_FEATURES
         if protocol_bit:
             there = self.get_protocol_features()
-            self.set_protocol_features(there if protocol_features is None else there & protocol_features)
+            self.set_protocol_features(there & (~ASKED_FOR if protocol_features is None else protocol_features))
         self.set_owner()
         wanted = ~mask(VirtioBit.LOG_ALL) if features is None else features
         self.set_features(offered & wanted | protocol_bit)

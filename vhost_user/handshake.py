@@ -6,7 +6,7 @@ the control protocol goes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .frontend import FrontEnd, RingSetup, SharedRegion
 from .spec import VRING_LOG_FLAG, ProtocolFeature, Status, VirtioBit, mask
@@ -34,6 +34,8 @@ QEMU_7_2 = QemuVersion(mask(*range(17)), resets_device=False, awaits_enable=Fals
                        status_last=False)
 QEMU_10_0 = QemuVersion(mask(*range(20)), resets_device=True, awaits_enable=True, memory_once=True,
                         status_last=True)
+# Not recorded: 10.0 as far as what is served here goes, but that it knows more bits.
+QEMU_11_1 = replace(QEMU_10_0, protocol_features=mask(*range(24)))
 
 
 class Qemu:

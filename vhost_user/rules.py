@@ -61,6 +61,9 @@ def set_protocol_features(offer: Offer, state: State, payload: U64, _fds: int) -
     if state.running and changed:
         raise Refused(f"{bit_names(changed, ProtocolFeature)} would change while a ring is started",
                       "the front-end must negotiate before it starts rings", "Ring states")
+    if state.regions and changed & mask(ProtocolFeature.GPA_ADDRESSES):
+        raise Refused("GPA_ADDRESSES would change what the addresses of guest memory mean that is shared already",
+                      "the front-end must negotiate before it shares memory", "Memory region description")
 
 
 def set_status(_offer: Offer, _state: State, payload: U64, _fds: int) -> None:
@@ -180,13 +183,13 @@ def _can_start(state: State, index: int) -> None:
 _REGIONS = "Memory region description"
 
 
-def set_mem_table(_offer: Offer, _state: State, payload: MemTable, fds: int) -> None:
+def set_mem_table(_offer: Offer, state: State, payload: MemTable, fds: int) -> None:
     if fds != len(payload.regions):
         raise Refused(f"{len(payload.regions)} regions came with {fds} file descriptors",
                       "the front-end must attach one for each region, in order")
     for position, region in enumerate(payload.regions):
-        _sound(region)
-        _apart(region, payload.regions[:position])
+        _sound(state, region)
+        _apart(state, region, payload.regions[:position])
 
 
 def add_mem_reg(offer: Offer, state: State, payload: Region, _fds: int) -> None:
@@ -200,8 +203,8 @@ def add_mem_reg(offer: Offer, state: State, payload: Region, _fds: int) -> None:
     if len(set(state.regions)) >= offer.max_mem_slots:
         raise Refused(f"all {offer.max_mem_slots} memory slots are taken",
                       "the front-end must stay within GET_MAX_MEM_SLOTS")
-    _sound(payload)
-    _apart(payload, state.regions)
+    _sound(state, payload)
+    _apart(state, payload, state.regions)
 
 
 def rem_mem_reg(_offer: Offer, state: State, payload: Region, _fds: int) -> None:
@@ -210,23 +213,31 @@ def rem_mem_reg(_offer: Offer, state: State, payload: Region, _fds: int) -> None
                       "the front-end must name a region as it added it")
 
 
-def _sound(region: Region) -> None:
+def _address_spaces(state: State, region: Region) -> list[tuple[str, int]]:
+    """Where ``region`` lies, in each address space by which something in it may be named."""
+    spaces = [("gpa", region.gpa)]
+    if not state.has(ProtocolFeature.GPA_ADDRESSES):
+        spaces.append(("uva", region.uva))
+    return spaces
+
+
+def _sound(state: State, region: Region) -> None:
     """The region makes sense taken alone."""
     if not region.size:
         raise Refused(f"region {region}: the size is zero", "the front-end must leave out empty regions",
                       _REGIONS)
-    ends = (("gpa", region.gpa, _ADDRESS_END), ("uva", region.uva, _ADDRESS_END),
-            ("offset", region.offset, _OFFSET_END))
-    for name, start, end in ends:
+    ends = [(name, start, _ADDRESS_END) for name, start in _address_spaces(state, region)]
+    for name, start, end in [*ends, ("offset", region.offset, _OFFSET_END)]:
         if start + region.size >= end:
             raise Refused(f"region {region}: {name} + size goes beyond {end:#x}",
                           "the front-end must send the region's true place", _REGIONS)
 
 
-def _apart(region: Region, others: Iterable[Region]) -> None:
+def _apart(state: State, region: Region, others: Iterable[Region]) -> None:
     """The region shares no address with ``others``, neither the guest's nor the front-end's."""
+    here = _address_spaces(state, region)
     for other in others:
-        for name, start, other_start in (("gpa", region.gpa, other.gpa), ("uva", region.uva, other.uva)):
+        for (name, start), (_, other_start) in zip(here, _address_spaces(state, other), strict=True):
             if start < other_start + other.size and other_start < start + region.size:
                 raise Refused(f"region {region} overlaps region {other} in its {name}",
                               "the front-end must remove the other one first", _REGIONS)

@@ -45,7 +45,8 @@ class VringFd:
 
 @dataclass(frozen=True)
 class VringAddr:
-    """Where ring ``index`` lies: front-end virtual addresses (uva) of its three parts.
+    """Where ring ``index`` lies: front-end virtual addresses (uva) of its three parts, guest-physical ones with
+    GPA_ADDRESSES.
 
     ``flags`` bit 0 asks that writes to the used ring are logged at guest-physical address ``log``.
     """
@@ -61,7 +62,7 @@ class VringAddr:
 @dataclass(frozen=True)
 class Region:
     """A run of guest memory: ``size`` bytes at guest-physical ``gpa``, known to the front-end as ``uva``,
-    found in the file that comes along from byte ``offset``."""
+    found in the file that comes along from byte ``offset``. With GPA_ADDRESSES ``uva`` means nothing."""
 
     gpa: int
     size: int

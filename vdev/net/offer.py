@@ -1,15 +1,21 @@
-"""What the device offers: virtio features and vhost-user protocol features, port by port.
+"""What the device offers: virtio features and vhost-user protocol features, by port and by front-end.
 
 The virtio offer is what the device always has, plus the offloads the port can carry, minus what the
 operator took out, minus what then lacks something it depends on (virtio 1.2, 5.1.3.1 "Feature bit
 requirements"). The control queue and the configuration space belong to the front-end (QEMU keeps both),
 which is why MQ and GUEST_ANNOUNCE are offered here without CTRL_VQ: the front-end adds it.
 
+Front-ends set bits they do not act on: QEMU every protocol feature it has a number for, user-mode Linux every virtio
+feature its guest's driver takes. So what is offered depends on the :class:`Audience`, and a bit is offered to nobody
+who would set it and then not do its part. docs/protocol.md has the table, bit by bit and with the reasons.
+
 ORDER_PLATFORM is left out on purpose. It is for a device behind a bus, whose driver needs the platform's
 barriers; without it driver and device "can be assumed to run on identical CPUs in an SMP configuration", and the
 barriers between processors suffice (virtio 1.2, 6 "Reserved Feature Bits"). vdev is such software: the bit would
 make guests slower and nothing safer.
 """
+
+from dataclasses import dataclass
 
 from vdev.net.features import OFFLOADS, mask
 from vdev.net.features import Feature as F
@@ -27,7 +33,25 @@ ALWAYS = FIXED | mask(F.MTU, F.MRG_RXBUF, F.GUEST_ANNOUNCE, F.LOG_ALL, F.INDIREC
 IMPLEMENTED = ALWAYS | OFFLOADS | mask(F.MQ)
 
 PROTOCOL = mask(P.MQ, P.LOG_SHMFD, P.RARP, P.REPLY_ACK, P.MTU, P.BACKEND_REQ, P.RESET_DEVICE, P.CONFIGURE_MEM_SLOTS,
-                P.STATUS, P.DEVICE_STATE)
+                P.STATUS, P.DEVICE_STATE, P.GPA_ADDRESSES)
+
+PERSONALITIES = ("qemu-net", "full")
+
+
+@dataclass(frozen=True)
+class Audience:
+    """A kind of front-end, by all that is known of it before it is offered anything.
+
+    personality: what the operator says it is. ``qemu-net``: QEMU's virtio-net device, or another front-end that keeps
+    control queue and configuration space; ``full``: one that leaves the whole device to the back-end.
+    """
+
+    personality: str = PERSONALITIES[0]
+
+    def queue_num(self, queue_pairs: int) -> int:
+        """What GET_QUEUE_NUM answers. QEMU's net device means queue pairs, generic front-ends mean rings."""
+        return queue_pairs if self.personality == "qemu-net" else 2 * queue_pairs
+
 
 # feature -> it needs at least one of these; what others need comes before what needs it
 _NEEDS = {

@@ -12,21 +12,23 @@ from vdev.net.features import Feature, mask, names
 from vdev.testing.netdriver import NetDriver
 from vhost_user.frontend import FrontEnd, RingSetup, SharedRegion
 from vhost_user.handshake import QEMU_10_0, Qemu, QemuVersion
+from vhost_user.spec import ProtocolFeature
 
 # What decides how the rings look: they are made before the back-end has said what it offers.
 _RING_FEATURES = mask(Feature.RING_PACKED, Feature.IN_ORDER)
 
 
-def ring_setup(queue: DriverQueue) -> RingSetup:
+def ring_setup(queue: DriverQueue, gpa_addresses: bool = False) -> RingSetup:
     """What a front-end tells the back-end of a driver's ``queue``."""
-    desc, avail, used = (queue.memory.uva(area.gpa) for area in queue.ring.areas)
+    desc, avail, used = (area.gpa if gpa_addresses else queue.memory.uva(area.gpa) for area in queue.ring.areas)
     return RingSetup(num=queue.ring.size, desc=desc, avail=avail, used=used, base=queue.base,
                      kick=queue.kick_fd, call=queue.call_fd, log=queue.ring.areas[2].gpa)
 
 
-def shared_regions(memory: GuestMemory) -> list[SharedRegion]:
+def shared_regions(memory: GuestMemory, gpa_addresses: bool = False) -> list[SharedRegion]:
     """The same of a guest's memory."""
-    return [SharedRegion(region.fd, region.gpa, region.uva, region.size, region.offset) for region in memory.regions]
+    return [SharedRegion(region.fd, region.gpa, region.gpa if gpa_addresses else region.uva, region.size, region.offset)
+            for region in memory.regions]
 
 
 class ScriptedGuest:
@@ -53,8 +55,10 @@ class ScriptedGuest:
             self.close()
             raise ValueError(f"the back-end does not offer {', '.join(names(missing))}")
         self.qemu.reset(queue_pairs)
+        gpa_addresses = self.front_end.has(ProtocolFeature.GPA_ADDRESSES)
+        self.qemu.rings = [ring_setup(queue, gpa_addresses) for queue in queues]
         self.features = features & self.qemu.offered
-        self.qemu.start(shared_regions(self.memory), self.features, enabled_pairs=queue_pairs)
+        self.qemu.start(shared_regions(self.memory, gpa_addresses), self.features, enabled_pairs=queue_pairs)
         for driver in self.drivers:
             driver.fill(buffers)
 
