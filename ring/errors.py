@@ -34,6 +34,11 @@ class MemoryGone(RingBroken):
     room."""
 
 
+class TranslationMissing(RingError):
+    """A translation for the chain is not known yet: it is given back, and popped again when the front-end has sent
+    it."""
+
+
 class SetupError(RingError):
     """The ring or memory cannot be set up as asked."""
 
@@ -58,6 +63,10 @@ _TABLE = {
                                            "or too large (virtio 2.7.5.3, 2.8.7)"),
     "RING_E_UNMAPPED": (ChainError, "descriptor {at}: its address range is not in guest memory"),
     "RING_E_LENGTH": (ChainError, "descriptor {at}: the chain is longer than 4 GiB (virtio 2.7.5.2)"),
+    "RING_E_DENIED": (ChainError, "descriptor {at}: the guest's IOMMU does not let the device use its buffer in this "
+                                  "way (vhost-user, \"IOMMU support\")"),
+    "RING_E_MISS": (TranslationMissing, "descriptor {at}: where its buffer lies is not known yet (vhost-user, \"IOMMU "
+                                        "support\")"),
     "RING_E_AVAIL_AHEAD": (RingBroken, "available index {at} is ahead by more than the queue size (virtio 2.7.6)"),
     "RING_E_HEAD_RANGE": (RingBroken, "the available ring names descriptor {at}, which is outside the table "
                                       "(virtio 2.7.6)"),

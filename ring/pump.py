@@ -27,6 +27,8 @@ class LaneEvent(IntFlag):
     PORT_GONE = lib.LANE_PORT_GONE
     KICKED = lib.LANE_KICKED
     LOG_GONE = lib.LANE_LOG_GONE
+    MISS = lib.LANE_MISS
+    DENIED = lib.LANE_DENIED
 
 
 @dataclass

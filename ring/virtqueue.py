@@ -23,6 +23,7 @@ from ring.build import ffi, lib
 from ring.dirty import DirtyLog
 from ring.errors import ChainError, QueueBusy, RingError, error
 from ring.guestmem import GuestMemory
+from ring.iotlb import Fault, Iotlb, fault_from
 
 
 _RING_PACKED = 34  # virtio 1.2, 6
@@ -112,21 +113,24 @@ class VirtQueue:
 
     size: descriptors, up to 32768, for a split ring a power of two. desc, avail, used: uva of the three parts
     (packed: descriptor ring, driver and device event suppression structure). features: negotiated virtio
-    features. base: where to go on, as SET_VRING_BASE carries it.
+    features. base: where to go on, as SET_VRING_BASE carries it. iotlb: the driver is behind an IOMMU, and all its
+    addresses, desc, avail and used among them, are iovas of this table.
 
     Every verb but conclude raises RingBroken (MemoryGone among them) on a ring that has lost its meaning and QueueBusy
     while a pump has it. The constructor raises SetupError.
     """
 
     def __init__(self, memory: GuestMemory, *, size: int, desc: int, avail: int, used: int, features: int = 0,
-                 base: int = 0):
+                 base: int = 0, iotlb: Iotlb | None = None):
         guard()
         self.memory = memory
         self.size, self.desc, self.avail, self.used = size, desc, avail, used
         self.features = features
+        self._iotlb = iotlb
         self.lent = False
         config = ffi.new("struct vq_config *", {"size": size, "base": base, "desc": desc, "avail": avail,
-                                                "used": used, "features": features})
+                                                "used": used, "features": features,
+                                                "iotlb": iotlb.handle if iotlb else ffi.NULL})
         status = ffi.new("int *")
         self.handle = lib.vq_new(memory.handle, config, status)
         if self.handle == ffi.NULL:
@@ -165,6 +169,28 @@ class VirtQueue:
         """
         lib.vq_log(self._ours(), log.handle if log else ffi.NULL, buffers, used is not None, used or 0)
         self._log = log
+
+    def missing(self) -> Fault | None:
+        """The translation that was missing last, once; may be asked while a pump has the queue."""
+        fault = ffi.new("struct iotlb_fault *")
+        lib.vq_missing(self.handle, fault)
+        return fault_from(fault)
+
+    def denied(self) -> Fault | None:
+        """The use of memory that the IOMMU did not allow last, once; may be asked while a pump has the queue."""
+        fault = ffi.new("struct iotlb_fault *")
+        lib.vq_denied(self.handle, fault)
+        return fault_from(fault)
+
+    def scout(self, room: int = 64) -> list[Fault]:
+        """Look ahead: all the translations that the next chain lacks, at the most ``room``."""
+        out, pieces = ffi.new("struct iotlb_fault[]", room), ffi.new("struct piece[]", lib.RING_PIECES_MAX)
+        found = self._checked(lib.vq_scout(self._ours(), pieces, out, room))
+        return [Fault(out[i].iova, out[i].access) for i in range(found)]
+
+    def refuse(self, iova: int) -> None:
+        """There is no translation for ``iova``: the next chain that misses it cannot be followed."""
+        lib.vq_refuse(self._ours(), iova)
 
     def _mark(self, pieces, count: int, offset: int, length: int) -> None:
         """Some of these ``length`` bytes were written."""

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(900)
 # Their answers are kept apart, as those of functions declared inline are: a status is then still known to belong
 # to the state that it came with.
 INLINED = ("@inline", "vq_walk", "packed_skip", "vq_see", "vq_take", "vq_arm", "vq_decide", "vq_publish", "vq_new",
-           "start_at", "resolve", "vq_move", "guestmem_new", "guestmem_region_at", "guestmem_uva",
+           "start_at", "resolve", "part_at", "gpa_of", "vq_move", "guestmem_new", "guestmem_region_at", "guestmem_uva",
            "mark")
 EVA = ("-c11", "-machdep", "gcc_x86_64", "-inline-calls", ",".join(INLINED), "-eva", "-eva-slevel", "2000",
        "-eva-auto-loop-unroll", "100", "-eva-alloc-builtin", "fresh", "-eva-msg-key=-initial-state,-final-states")

@@ -18,8 +18,7 @@ row = pytest.mark.row
 
 PACKED = mask(Feature.RING_PACKED)
 BIT_30 = mask(Feature.PROTOCOL_FEATURES)
-NOT_OFFERED = {"NOTIFY_ON_EMPTY": 24, "ANY_LAYOUT": 27, "ACCESS_PLATFORM": 33, "ORDER_PLATFORM": 36, "SR_IOV": 37,
-               "ADMIN_VQ": 41}
+NOT_OFFERED = {"NOTIFY_ON_EMPTY": 24, "ANY_LAYOUT": 27, "ORDER_PLATFORM": 36, "SR_IOV": 37, "ADMIN_VQ": 41}
 
 
 @pytest.fixture
@@ -60,7 +59,6 @@ def test_driver_without_version_1_is_refused(served) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param("ACCESS_PLATFORM", marks=row("RSVF-D-03", "RSVF-D-04")),
     pytest.param("ORDER_PLATFORM", marks=row("RSVF-D-06")), pytest.param("SR_IOV", marks=row("RSVF-D-07")),
     pytest.param("ADMIN_VQ", marks=row("RSVF-D-08")), pytest.param("NOTIFY_ON_EMPTY", marks=row("RSVF-D-09")),
     pytest.param("ANY_LAYOUT", marks=row("RSVF-D-10"))])
@@ -74,6 +72,17 @@ def test_feature_is_not_offered_and_cannot_be_set(served, name) -> None:
             front.set_features(offered | bit)
         front.set_features(offered)
     served.wait_for("session-end")
+    works(served, mask(Feature.VERSION_1))
+
+
+@row("RSVF-D-03")
+def test_access_platform_is_offered(served) -> None:
+    with FrontEnd(served.connect()) as front:
+        assert front.get_features() & mask(Feature.ACCESS_PLATFORM)
+
+
+@row("RSVF-D-04")
+def test_driver_that_is_behind_no_iommu_is_served(served) -> None:
     works(served, mask(Feature.VERSION_1))
 
 

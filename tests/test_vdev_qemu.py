@@ -176,3 +176,10 @@ def _first_message(sock, process, path, server):
     assert b"waiting for connection" in line, line
     sock.connect(str(path))
     return sock.recv(12)
+
+
+def test_device_behind_an_iommu(fake):
+    args = qemu_args("/run/a.sock", qemu=fake("10.0.2"), iommu=True)
+    assert {"disable-legacy=on", "iommu_platform=on", "ats=on"} <= set(device(args))
+    assert args[:3] == ["-machine", "q35", "-device"] and args[3].startswith("intel-iommu,device-iotlb=on")
+    assert not any("iommu" in word for word in qemu_args("/run/a.sock", qemu=fake("10.0.2")))

@@ -17,9 +17,18 @@ from vhost_user.errors import Close, Nack, PeerError
 from vhost_user.fds import OwnedFds
 from vhost_user.requests import REQUESTS
 from vhost_user.session import Result, Session
-from vhost_user.spec import NEED_REPLY_FLAG, VERSION, Direction, ProtocolFeature, Request, mask
+from vhost_user.spec import (
+    NEED_REPLY_FLAG,
+    VERSION,
+    Direction,
+    IotlbType,
+    ProtocolFeature,
+    Request,
+    VirtioBit,
+    mask,
+)
 from vhost_user.state import Offer
-from vhost_user.wire import U64, Log, MemTable, Region, StateTransfer, VringAddr, VringFd, VringState
+from vhost_user.wire import U64, Iotlb, Log, MemTable, Region, StateTransfer, VringAddr, VringFd, VringState
 
 LOG_ALL, BIT_30, VERSION_1, PACKED = 1 << 26, 1 << 30, 1 << 32, 1 << 34
 FEATURES = BIT_30 | VERSION_1 | 1 << 15
@@ -124,8 +133,8 @@ def test_unknown_requests(session, number):
 
 
 @pytest.mark.parametrize("kind", [
-    Request.POSTCOPY_ADVISE, Request.POSTCOPY_LISTEN, Request.POSTCOPY_END, Request.IOTLB_MSG,
-    Request.SET_VRING_ENDIAN, Request.GET_CONFIG, Request.SET_CONFIG])
+    Request.POSTCOPY_ADVISE, Request.POSTCOPY_LISTEN, Request.POSTCOPY_END, Request.SET_VRING_ENDIAN,
+    Request.GET_CONFIG, Request.SET_CONFIG])
 def test_P61_P99_requests_of_features_that_are_not_offered(session, kind):
     refuse(session, kind, bytes(32), fds=1, match=f"^{kind.name}: .* was not offered")
 
@@ -520,3 +529,61 @@ def test_what_addresses_mean_does_not_change_once_memory_is_shared(by_gpa):
     refuse(by_gpa, Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL), match="GPA_ADDRESSES would change")
     do(by_gpa, Request.REM_MEM_REG, REGION)
     do(by_gpa, Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL))
+
+
+# ------------------------------------------------------------------------------------------ IOMMU
+
+ACCESS_PLATFORM = 1 << VirtioBit.ACCESS_PLATFORM
+UPDATE = Iotlb(0x10000, 0x1000, REGION.uva, 3, IotlbType.UPDATE)
+
+
+@pytest.fixture
+def behind_iommu() -> Session:
+    """A session whose driver is behind an IOMMU."""
+    session = Session(replace(OFFER, features=FEATURES | ACCESS_PLATFORM))
+    do(session, Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL))
+    do(session, Request.SET_FEATURES, U64(FEATURES | ACCESS_PLATFORM))
+    return session
+
+
+def answer_to_iotlb(session: Session, payload: Iotlb | bytes, fds: int = 0) -> str | None:
+    """Why an IOTLB message, sent without need_reply, is answered with no; None: the answer is yes."""
+    try:
+        accepted = session.accept(message(Request.IOTLB_MSG, payload, fds, need_reply=False))
+    except Nack as nack:
+        assert nack.reply == struct.pack("=IIIQ", Request.IOTLB_MSG, 0x5, 8, 1)
+        return str(nack)
+    assert session.answer(accepted, Result.ok()) == struct.pack("=IIIQ", Request.IOTLB_MSG, 0x5, 8, 0)
+    return None
+
+
+@pytest.mark.parametrize("payload", [
+    UPDATE, replace(UPDATE, iova=2**64 - 0x1000), replace(UPDATE, access=1), replace(UPDATE, access=2),
+    Iotlb(0, 0, 0, 0, IotlbType.INVALIDATE), Iotlb(2**64 - 1, 2**64 - 1, 0, 0, IotlbType.INVALIDATE)])
+def test_VU_IOTLB_B_01_every_iotlb_message_is_answered(behind_iommu, payload):
+    before = behind_iommu.state
+    assert answer_to_iotlb(behind_iommu, payload) is None
+    assert behind_iommu.state == before
+
+
+@pytest.mark.parametrize(("payload", "fds", "reason"), [
+    (replace(UPDATE, size=0), 0, "is empty or goes beyond"),
+    (replace(UPDATE, iova=2**64 - 0x1000, size=0x1001), 0, "goes beyond"),
+    (replace(UPDATE, uva=2**64 - 0x1000, size=0x1001), 0, "goes beyond"),
+    (replace(UPDATE, access=0), 0, "access 0 is neither"), (replace(UPDATE, access=4), 0, "access 4 is neither"),
+    (replace(UPDATE, kind=IotlbType.MISS), 0, "type 1 is neither"), (replace(UPDATE, kind=4), 0, "type 4 is neither"),
+    (replace(UPDATE, kind=255), 0, "type 255 is neither"), (UPDATE, 1, "1 file descriptors"),
+    (bytes(31), 0, "has 31 bytes"), (bytes(33), 0, "has 33 bytes")])
+def test_wrong_iotlb_messages_are_answered_with_no(behind_iommu, payload, fds, reason):
+    assert reason in answer_to_iotlb(behind_iommu, payload, fds)
+
+
+def test_P61_translations_where_there_is_no_iommu(session):
+    assert "ACCESS_PLATFORM (bit 33) was not negotiated" in answer_to_iotlb(session, UPDATE)
+
+
+def test_an_iommu_that_cannot_be_asked_is_refused():
+    session = Session(replace(OFFER, features=FEATURES | ACCESS_PLATFORM))
+    do(session, Request.SET_PROTOCOL_FEATURES, U64(REPLY_ACK))
+    refuse(session, Request.SET_FEATURES, U64(FEATURES | ACCESS_PLATFORM), match="no way to ask for translations")
+    do(session, Request.SET_FEATURES, U64(FEATURES))

@@ -26,14 +26,16 @@ from ring.virtqueue import VirtQueue
 from vdev.device_state import StateError
 from vdev.dirty_log import SessionLog
 from vdev.engine import Engine, EngineStuck, ring_name
+from vdev.iommu import Iommu
 from vdev.journal import no_journal
 from vdev.logs import EventLog
 from vdev.memory import SessionMemory
 from vdev.net.features import Feature, mask, names
 from vdev.ports.base import Port, PortError
+from vdev.reverse import ReverseChannel
 from vdev.session_state import SessionState
 from vhost_user.session import Accepted, Result, Session
-from vhost_user.spec import STATE_NOFD, ProtocolFeature, Request
+from vhost_user.spec import STATE_NOFD, IotlbType, ProtocolFeature, Request
 from vhost_user.state import Notifier, State
 from vhost_user.wire import Region
 
@@ -51,7 +53,8 @@ def _is_eventfd(fd: int) -> bool:
 class Backend:
     """Handles the requests of one session. Owns the memory and descriptors that came with them."""
 
-    def __init__(self, session: Session, engine: Engine, port: Port, log: EventLog, policy: Policy = DEFAULT_POLICY):
+    def __init__(self, session: Session, engine: Engine, port: Port, log: EventLog, reverse: ReverseChannel,
+                 policy: Policy = DEFAULT_POLICY):
         self.session = session
         self.engine = engine
         self.port = port
@@ -62,7 +65,8 @@ class Backend:
         self._stopped_at: dict[int, int] = {}  # bases of rings that SET_STATUS 0 stopped
         self._told: dict[int, int] = {}  # bases as SET_VRING_BASE gave them
         self._answered: set[int] = set()  # rings whose base was just answered
-        self._reverse: int | None = None
+        self.reverse = reverse
+        self.iommu = Iommu(engine, reverse, log)
         self._last_rarp = 0.0
         self._introduced = False
         self._reported: set[int] = set()  # broken rings that were spoken of
@@ -82,8 +86,9 @@ class Backend:
         try:
             if handler is None:
                 self._settle(self.session.after(request))
-                return Result.ok()
-            return Result.ok(handler(self, request))
+            value = handler(self, request) if handler is not None else None
+            self.iommu.ask(self.session.state)
+            return Result.ok(value)
         except (SetupError, PortError, StateError, _Refuse) as reason:
             return Result.refused(str(reason))
         except OSError as error:
@@ -97,17 +102,46 @@ class Backend:
 
     def _set_mem_table(self, request: Accepted) -> None:
         fds = [request.fds[i] for i in range(len(request.fds))]
-        self._lost(self.memory.replace(tuple(self._addressed(region) for region in request.payload.regions), fds))
+        regions = tuple(self._addressed(region) for region in request.payload.regions)
+        self._change_memory(lambda: self.memory.replace(regions, fds))
 
     def _add_mem_reg(self, request: Accepted) -> None:
         # QEMU before 8.0 adds and removes all memory once for each queue pair; the session counts.
         if request.payload not in self.session.regions:
-            self._lost(self.memory.add(self._addressed(request.payload), request.fds[0]))
+            self._change_memory(lambda: self.memory.add(self._addressed(request.payload), request.fds[0]))
 
     def _rem_mem_reg(self, request: Accepted) -> None:
         left = self.session.after(request).regions
         if not any(region.same_place(request.payload) for region in left):
-            self._lost(self.memory.remove(self._addressed(request.payload)))
+            self._change_memory(lambda: self.memory.remove(self._addressed(request.payload)))
+
+    def _change_memory(self, change: Callable[[], list[int]]) -> None:
+        """Do ``change``, which answers the rings that lost their memory. Translations name the memory there was, so
+        they go with it, and rings behind an IOMMU wait for new ones."""
+        state = self.session.state
+        if not self.iommu.on(state):
+            self._lost(change())
+            return
+        with self.engine.paused():
+            self.iommu.forget(state)
+            self._settle(state)
+            change()
+        self._settle(state)
+
+    def _iotlb_msg(self, request: Accepted) -> None:
+        message, state, memory = request.payload, self.session.state, self.memory.table
+        update = message.kind == IotlbType.UPDATE
+        if update and memory is None:
+            raise _Refuse("no guest memory was shared that a translation could be about")
+        if update and self.iommu.knows(memory, message):
+            return
+        with self.engine.paused():
+            # An update replaces what it overlaps; a ring that ran on that stops in between.
+            self.iommu.forget(state, message.iova, message.size)
+            self._settle(state)
+            if update:
+                self.iommu.update(memory, message)
+                self._settle(state)
 
     def _set_protocol_features(self, request: Accepted) -> None:
         self.dirty.explain(self.session.offer, request.payload.value)
@@ -184,16 +218,17 @@ class Backend:
             self.port.announce(request.payload.value.to_bytes(8, "little")[:6])
 
     def _set_backend_req_fd(self, request: Accepted) -> None:
-        if self._reverse is not None:
-            os.close(self._reverse)
-        self._reverse = request.fds.take()
+        self.reverse.adopt(request.fds.take())
+        with self.engine.paused():  # rings that wait for an answer look again, and it is asked for anew
+            self.iommu.channel_changed()
+        self._settle(self.session.state)
 
     # -------------------------------------------------------------------------- settling
 
     def _settle(self, state: State) -> None:
         """Make the engine agree with ``state``. Raises _Refuse or PortError, and nothing changed."""
         engine = self.engine
-        wanted = {index for index in range(len(state.rings)) if state.runnable(index)}
+        wanted = {index for index in range(len(state.rings)) if state.runnable(index) and self._reachable(state, index)}
         running = set(engine.running())
         enabled = [ring.enabled for ring in state.rings]
         features = state.features & ~mask(Feature.LOG_ALL)  # which is about the device, not for the guest
@@ -235,12 +270,16 @@ class Backend:
         if not features:
             self._stopped_at.clear()
         self._reported -= running - wanted | fresh.keys()
-        if not wanted:
+        if not any(ring.started for ring in state.rings):
             self._introduced = False
         if fresh:
             self.state.announce()
             self._introduce(state)
             self._lost([index for index, queue in fresh.items() if queue.state.broken is not None])
+
+    def _reachable(self, state: State, index: int) -> bool:
+        return (not self.iommu.on(state) or self.memory.table is None
+                or self.iommu.reachable(state, index, self.memory.table))
 
     def _build(self, state: State, indices: set[int]) -> dict[int, VirtQueue]:
         fresh: dict[int, VirtQueue] = {}
@@ -253,10 +292,12 @@ class Backend:
                 try:
                     fresh[index] = self.engine.build(
                         self.memory.table, size=ring.num, desc=ring.addr.desc, avail=ring.addr.avail,
-                        used=ring.addr.used, base=self._stopped_at.get(index, ring.base), features=state.features)
+                        used=ring.addr.used, base=self._stopped_at.get(index, ring.base), features=state.features,
+                        iotlb=self.iommu.table if self.iommu.on(state) else None)
                 except SetupError as reason:
                     raise _Refuse(f"{ring_name(index)} cannot start: {reason}") from None
-                self._take_over(index, fresh[index], self._told.get(index, ring.base))
+                # a ring that we stopped ourselves goes on from there, which is no news
+                self._take_over(index, fresh[index], self._stopped_at.get(index, self._told.get(index, ring.base)))
         except (_Refuse, MemoryGone):
             for queue in fresh.values():
                 queue.close()
@@ -317,6 +358,15 @@ class Backend:
                     os.write(err, (1).to_bytes(8, "little"))
         self.report_broken()
 
+    def translations_missing(self) -> None:
+        """Rings wait for translations: have the front-end asked."""
+        if self.memory.table is not None:
+            self.iommu.missing(self.session.state, self.memory.table)
+
+    def access_denied(self) -> None:
+        """Chains were dropped for what the guest's IOMMU does not allow."""
+        self.iommu.denied()
+
     def report_broken(self) -> None:
         """One line for each ring that stopped for good since the last call."""
         for index, reason in self.engine.broken().items():
@@ -358,16 +408,16 @@ class Backend:
         if self.engine.abandoned != self._abandoned:
             self.memory.abandon()
             self.dirty.abandon()
+            self.iommu.abandon()
         self.memory.close()
         self.dirty.close()
+        self.iommu.close()
         try:
             self.port.set_offloads(0)
             self._enable_pairs([False] * len(self.engine.rings))
         except PortError as reason:
             self.log.warning("port", str(reason))
-        if self._reverse is not None:
-            fds.append(self._reverse)
-            self._reverse = None
+        self.reverse.drop()
         for fd in fds:
             os.close(fd)
 
@@ -387,5 +437,6 @@ _HANDLERS: dict[Request, Callable[[Backend, Accepted], int | None]] = {
     Request.SET_VRING_CALL: Backend._set_vring_call,
     Request.SET_VRING_ERR: Backend._set_vring_err,
     Request.SEND_RARP: Backend._send_rarp,
+    Request.IOTLB_MSG: Backend._iotlb_msg,
     Request.SET_BACKEND_REQ_FD: Backend._set_backend_req_fd,
 }

@@ -7,6 +7,7 @@ The way of a message: ``Transport.turn`` -> ``Session.accept`` -> ``Backend.hand
 import logging
 import socket
 import time
+from collections.abc import Callable
 
 from ring.errors import MemoryGone
 from ring.pump import LaneEvent
@@ -16,6 +17,7 @@ from vdev.engine import EngineStuck
 from vhost_user.codec import Message
 from vhost_user.errors import Close, Disconnected, Nack
 from vhost_user.session import Session
+from vhost_user.spec import Request
 from vhost_user.state import Notifier, Offer
 from vhost_user.transport import Transport
 
@@ -33,9 +35,11 @@ _VANISHED = ("guest memory vanished: the front-end truncated its file, or the fi
 class Connection:
     """A session in progress. All methods but close raise PeerError when it is over."""
 
-    def __init__(self, sock: socket.socket, backend_of, offer: Offer, log):
+    def __init__(self, sock: socket.socket, backend_of, offer: Callable[[int], Offer], log):
+        """offer: what to offer a front-end whose first message is the request with this number."""
         self._transport = Transport(sock)
-        self._session = Session(offer)
+        self._session = Session(offer(Request.GET_FEATURES))
+        self._offer: Callable[[int], Offer] | None = offer  # None: the first message has come
         self._backend: Backend = backend_of(self._session)
         self._log = log
         self._resume_at: float | None = None
@@ -71,6 +75,9 @@ class Connection:
                 "feature that is missing; start vdev with the port, --queue-pairs and --features it had before")
 
     def _serve(self, message: Message) -> None:
+        if self._offer is not None:
+            self._session.offer_instead(self._offer(message.request))
+            self._offer = None
         try:
             request = self._session.accept(message)
             try:
@@ -101,6 +108,10 @@ class Connection:
             self._port_retry_at = None
             self._recover_port()
 
+    def on_answers(self) -> None:
+        """The front-end answered requests of ours."""
+        self._guarded(self._backend.reverse.on_ready)
+
     def on_news(self, events: LaneEvent) -> None:
         """A worker reported something."""
         if events & LaneEvent.LOG_GONE:
@@ -109,6 +120,10 @@ class Connection:
             raise Close(_VANISHED)
         if events & (LaneEvent.FROM_GUEST_BROKEN | LaneEvent.TO_GUEST_BROKEN):
             self._backend.report_broken()
+        if events & LaneEvent.MISS:
+            self._guarded(self._backend.translations_missing)
+        if events & LaneEvent.DENIED:
+            self._backend.access_denied()
         if events & LaneEvent.KICKED and self._resume_at is not None:
             self._resume_at = min(self._resume_at, time.monotonic() + RESUME_DELAY_KICKED)
         if events & LaneEvent.PORT_GONE and self._port_retry_at is None:

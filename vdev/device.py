@@ -10,8 +10,10 @@ from vdev.config import DeviceConfig
 from vdev.connection import Connection
 from vdev.engine import Engine
 from vdev.logs import EventLog
-from vdev.net import offer
+from vdev.net.offer import Audience, protocol_features, virtio_features
 from vdev.ports.base import Port
+from vdev.reverse import ReverseChannel
+from vhost_user.spec import Request
 from vhost_user.state import Offer
 
 # As many as QEMU asks for; the answer may never shrink, or a front-end that reconnects refuses us.
@@ -25,25 +27,36 @@ class Device:
         self.name = name
         self.port = port
         self._log = log
-        pairs = config.queue_pairs
-        self.engine = Engine(port, pairs, journal)
-        audience = offer.Audience(config.personality)
-        features = offer.virtio_features(port.carries, pairs, config.features.remove)
-        self.offer = Offer(features, offer.protocol_features(features), rings=2 * pairs,
-                           queue_num=audience.queue_num(pairs), max_mem_slots=MEM_SLOTS)
+        self.engine = Engine(port, config.queue_pairs, journal)
+        self._config = config
+        self._reverse = ReverseChannel(log)
         self._connection: Connection | None = None
         for note in port.notes:
             log.info("port", note)
 
+    def offer(self, opening: int) -> Offer:
+        """What a front-end is offered whose first message is the request with the number ``opening``."""
+        pairs = self._config.queue_pairs
+        audience = Audience(self._config.personality, owner_first=opening == Request.SET_OWNER)
+        features = virtio_features(self.port.carries, pairs, self._config.features.remove | audience.withheld)
+        return Offer(features, protocol_features(features), rings=2 * pairs, queue_num=audience.queue_num(pairs),
+                     max_mem_slots=MEM_SLOTS)
+
     def open_session(self, sock: socket.socket) -> Connection:
         """Serve the front-end at the other end of ``sock``, the only one now."""
         self._connection = Connection(
-            sock, lambda session: Backend(session, self.engine, self.port, self._log), self.offer, self._log)
+            sock, lambda session: Backend(session, self.engine, self.port, self._log, self._reverse), self.offer,
+            self._log)
         return self._connection
 
     def watches(self) -> list[tuple[int, Callable[[], None]]]:
         """(descriptor, callback when it is readable) pairs; a callback raises PeerError to end the session."""
-        return [(self.engine.report_fd, self._on_news), *self.port.watches()]
+        own = [(self.engine.report_fd, self._on_news), (self._reverse.watch_fd, self._on_answers)]
+        return [*own, *self.port.watches()]
+
+    def _on_answers(self) -> None:
+        if self._connection is not None and self._connection.fileno() >= 0:
+            self._connection.on_answers()
 
     def _on_news(self) -> None:
         events = self.engine.news()
@@ -57,4 +70,5 @@ class Device:
     def close(self) -> None:
         """Release engine and port; no session may be left."""
         self.engine.close()
+        self._reverse.close()
         self.port.close()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ring.dirty import DirtyLog
 from ring.errors import QueueBusy, RingError, SetupError, named
 from ring.guestmem import GuestMemory
+from ring.iotlb import Iotlb
 from ring.journal import Journal
 from ring.pump import Flow, FlowStats, Lane, LaneConfig, LaneEvent, Pump
 from ring.virtqueue import Takeover, VirtQueue
@@ -127,9 +128,10 @@ class Engine:
     # ---------------------------------------------------------------------------- rings
 
     def build(self, memory: GuestMemory, *, size: int, desc: int, avail: int, used: int, base: int,
-              features: int) -> VirtQueue:
-        """A queue for one of the rings (addresses are uva), not run yet. Raises SetupError."""
-        return VirtQueue(memory, size=size, desc=desc, avail=avail, used=used, features=features, base=base)
+              features: int, iotlb: Iotlb | None = None) -> VirtQueue:
+        """A queue for one of the rings (addresses are uva, with ``iotlb`` iova), not run yet. Raises SetupError."""
+        return VirtQueue(memory, size=size, desc=desc, avail=avail, used=used, features=features, base=base,
+                         iotlb=iotlb)
 
     def take_over(self, index: int, queue: VirtQueue, told: int) -> Takeover:
         """Have ``queue``, just built for ring ``index``, go on where a predecessor that died stood; ``told`` is what

@@ -66,7 +66,8 @@ def qemu_version(binary: str) -> tuple[int, int]:
 
 
 def qemu_args(socket_path: str, memory: str = "512M", queue_pairs: int = 1, qemu: str | None = None,
-              mac: str | None = None, server: bool = False, kvm: bool = False, packed: bool = False) -> list[str]:
+              mac: str | None = None, server: bool = False, kvm: bool = False, packed: bool = False,
+              iommu: bool = False) -> list[str]:
     """The options for one guest with one network device behind the vhost-user socket ``socket_path``.
 
     memory: of the guest, as -m takes it (a plain number is MiB). queue_pairs: 1 to 256. qemu: the binary the
@@ -74,7 +75,7 @@ def qemu_args(socket_path: str, memory: str = "512M", queue_pairs: int = 1, qemu
     QEMU's own default is the same for all guests. server: QEMU listens and the daemon connects (--client).
     kvm: the guest will certainly run with -accel kvm; where its QEMU is not sound without, options that
     are only needed under TCG are left out. packed: QEMU offers its guest packed rings, which it keeps back by
-    itself. Raises QemuError.
+    itself. iommu: the guest has an IOMMU, and the device is behind it. Raises QemuError.
     """
     version = qemu_version(find_qemu(qemu))
     path = os.path.abspath(socket_path)
@@ -97,6 +98,8 @@ def qemu_args(socket_path: str, memory: str = "512M", queue_pairs: int = 1, qemu
     device = f"virtio-net-pci,netdev={_NETDEV},mac={_mac(mac, path)},ctrl_guest_offloads=off"
     if packed:
         device += ",packed=on"
+    if iommu:
+        device += ",disable-legacy=on,iommu_platform=on,ats=on"
     if queue_pairs > 1:
         netdev += f",queues={queue_pairs}"
         device += ",mq=on"
@@ -105,7 +108,10 @@ def qemu_args(socket_path: str, memory: str = "512M", queue_pairs: int = 1, qemu
     elif queue_pairs > 1:
         device += f",vectors={2 * queue_pairs + 2}"  # one a queue, control queue and configuration
 
+    # an IOMMU comes before the devices behind it
+    machine = ["-machine", "q35", "-device", "intel-iommu,device-iotlb=on,intremap=off"] if iommu else []
     return [
+        *machine,
         "-m", size,
         "-object", f"memory-backend-memfd,id={_MEMORY},size={size},share=on",
         "-machine", f"memory-backend={_MEMORY}",

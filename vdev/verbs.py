@@ -71,6 +71,8 @@ def _qemu_args(arguments: list[str], prog: str) -> None:
     parser.add_argument("--server", action="store_true", help="QEMU listens: for vdev --client")
     parser.add_argument("--kvm", action="store_true",
                         help="the guest runs under KVM: leave out what only TCG needs")
+    parser.add_argument("--iommu", action="store_true",
+                        help="give the guest an IOMMU (x86), with the device behind it")
     parser.add_argument("--packed", action="store_true",
                         help="offer the guest packed rings; QEMU does not by itself")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of shell words")
@@ -81,7 +83,8 @@ def _qemu_args(arguments: list[str], prog: str) -> None:
         raise Misuse(f"--queue-pairs {options.queue_pairs}: {error}") from None
     try:
         args = qemu_args(options.socket, memory=options.memory, queue_pairs=pairs, qemu=options.qemu,
-                         mac=options.mac, server=options.server, kvm=options.kvm, packed=options.packed)
+                         mac=options.mac, server=options.server, kvm=options.kvm, packed=options.packed,
+                         iommu=options.iommu)
     except QemuError as error:
         raise Failure(str(error)) from None
     print(json.dumps(args) if options.json else format_shell(args))

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from .codec import Message, encode
 from .errors import Disconnected
-from .spec import STOPPED_PHASE, ProtocolFeature, Request, VirtioBit, mask, request_name
+from .spec import STOPPED_PHASE, IotlbType, ProtocolFeature, Request, VirtioBit, mask, request_name
 from .transport import Transport
 from .wire import (
+    IOTLB,
     LOG,
     MEM_TABLE,
     SINGLE_REGION,
@@ -27,6 +28,7 @@ from .wire import (
     VRING_ADDR,
     VRING_FD,
     VRING_STATE,
+    Iotlb,
     Log,
     MemTable,
     Region,
@@ -37,7 +39,8 @@ from .wire import (
 )
 
 
-# Whoever sets these must give addresses otherwise.
+# Whoever sets these, of the virtio or of the protocol features, must give addresses otherwise.
+ASKED_FOR_VIRTIO = mask(VirtioBit.ACCESS_PLATFORM)
 ASKED_FOR = mask(ProtocolFeature.GPA_ADDRESSES)
 
 
@@ -67,9 +70,9 @@ class SharedRegion:
 
 @dataclass(frozen=True)
 class RingSetup:
-    """All a back-end has to know of one ring. ``desc``, ``avail`` and ``used`` are uva (gpa with GPA_ADDRESSES), ``log``
-    is the gpa of the used ring in the dirty log; ``kick``, ``call`` and ``err`` are eventfds that stay the caller's,
-    None for none."""
+    """All a back-end has to know of one ring. ``desc``, ``avail`` and ``used`` are uva (gpa with GPA_ADDRESSES, iova
+    behind an IOMMU), ``log`` is the gpa of the used ring in the dirty log; ``kick``, ``call`` and ``err`` are eventfds
+    that stay the caller's, None for none."""
 
     num: int
     desc: int
@@ -265,6 +268,19 @@ class FrontEnd:
         """Take one region away."""
         self.request(Request.REM_MEM_REG, SINGLE_REGION.encode(shared.region), need_reply=need_reply)
 
+    def iotlb_update(self, iova: int, size: int, uva: int, access: int = 3) -> None:
+        """[iova, iova + size) is at ``uva``; access: 1 reading, 2 writing, 3 both. Raises RequestRefused."""
+        self._iotlb(Iotlb(iova, size, uva, access, IotlbType.UPDATE))
+
+    def iotlb_invalidate(self, iova: int, size: int) -> None:
+        """[iova, iova + size) is no longer what it was. Raises RequestRefused."""
+        self._iotlb(Iotlb(iova, size, 0, 0, IotlbType.INVALIDATE))
+
+    def _iotlb(self, message: Iotlb) -> None:
+        reply = self.request(Request.IOTLB_MSG, IOTLB.encode(message), answered=True)
+        if U64_LAYOUT.decode(reply.payload).value:
+            raise RequestRefused("IOTLB_MSG was refused by the back-end; its log says why")
+
     def share(self, regions: Sequence[SharedRegion]) -> None:
         """Send guest memory as QEMU does: region by region where that was negotiated, else in one table."""
         if self.has(ProtocolFeature.CONFIGURE_MEM_SLOTS):
@@ -368,8 +384,8 @@ class FrontEnd:
     # --------------------------------------------------------------------------------------- short cuts
 
     def negotiate(self, features: int | None = None, protocol_features: int | None = None) -> int:
-        """Agree on as much as both sides want: all that is offered, or what is offered of the masks given. Protocol
-        features that change what the other methods have to be given (see ASKED_FOR) only count in a mask.
+        """Agree on as much as both sides want: all that is offered, or what is offered of the masks given. Features
+        that change what the other methods have to be given (see ASKED_FOR) only count in a mask.
 
         Bit 30 is set wherever it is offered, and LOG_ALL only if asked for: it is no feature of the guest but says
         that a migration is under way. Returns the virtio features set.
@@ -380,6 +396,6 @@ class FrontEnd:
             there = self.get_protocol_features()
             self.set_protocol_features(there & (~ASKED_FOR if protocol_features is None else protocol_features))
         self.set_owner()
-        wanted = ~mask(VirtioBit.LOG_ALL) if features is None else features
+        wanted = ~(mask(VirtioBit.LOG_ALL) | ASKED_FOR_VIRTIO) if features is None else features
         self.set_features(offered & wanted | protocol_bit)
         return self.features

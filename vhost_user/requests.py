@@ -47,6 +47,12 @@ def _offered(feature: ProtocolFeature) -> Gate:
     return gate
 
 
+def _access_platform(_offer: Offer, state: State) -> None:
+    if not state.has_virtio(VirtioBit.ACCESS_PLATFORM):
+        raise Refused("the virtio feature ACCESS_PLATFORM (bit 33) was not negotiated",
+                      "the front-end may send translations only for a driver behind an IOMMU", "IOMMU support")
+
+
 # Where the body of a reply comes from, for rows that have one: the session itself, or the device.
 Source = Callable[[Offer, State], U64]
 
@@ -133,6 +139,9 @@ REQUESTS: dict[Request, Row] = {
     # A descriptor should not come with REM_MEM_REG; old front-ends send one, and it is closed.
     Request.REM_MEM_REG: Row(
         wire.SINGLE_REGION, fds=(0, 1), gate=_SLOTS, rule=rules.rem_mem_reg, effect=effects.rem_mem_reg),
+    Request.IOTLB_MSG: Row(
+        wire.IOTLB, gate=_access_platform, rule=rules.iotlb_msg, reply=wire.U64_LAYOUT,
+        source=_own_u64(lambda _offer, _state: 0), refusal=U64(1)),
     # Rings
     Request.SET_VRING_NUM: Row(
         wire.VRING_STATE, ring=Event.NUM, rule=rules.set_vring_num, effect=effects.set_vring_num),
@@ -173,7 +182,6 @@ REQUESTS: dict[Request, Row] = {
 # Requests of the specification that have no row, by what a front-end would have to negotiate before it sends
 # them - which it cannot, as this is not offered.
 NOT_HANDLED: dict[Request, str] = {
-    Request.IOTLB_MSG: "ACCESS_PLATFORM (virtio bit 33)",
     Request.SET_VRING_ENDIAN: "CROSS_ENDIAN",
     Request.GET_CONFIG: "CONFIG",
     Request.SET_CONFIG: "CONFIG",

@@ -15,13 +15,14 @@ from .spec import (
     STOPPED_PHASE,
     VRING_LOG_FLAG,
     Direction,
+    IotlbType,
     ProtocolFeature,
     VirtioBit,
     bit_names,
     mask,
 )
 from .state import Offer, State
-from .wire import U64, Log, MemTable, Region, StateTransfer, VringAddr, VringFd, VringState
+from .wire import U64, Iotlb, Log, MemTable, Region, StateTransfer, VringAddr, VringFd, VringState
 
 Rule = Callable[[Offer, State, Any, int], None]
 
@@ -47,6 +48,9 @@ def set_features(offer: Offer, state: State, payload: U64, _fds: int) -> None:
         raise Refused("VERSION_1 (bit 32) is not set, and legacy drivers are not served",
                       "give the guest a modern device (QEMU: disable-legacy=on)")
     changed = (payload.value ^ state.features) & ~_LOG_ALL
+    if payload.value >> VirtioBit.ACCESS_PLATFORM & 1 and not state.has(ProtocolFeature.BACKEND_REQ):
+        raise Refused("ACCESS_PLATFORM (bit 33) is set and BACKEND_REQ is not: there is no way to ask for translations",
+                      "the front-end must set the protocol feature BACKEND_REQ first", "IOMMU support")
     if state.running and changed:
         raise Refused(f"{bit_names(changed, VirtioBit)} would change while a ring is started",
                       "the front-end must stop all rings with GET_VRING_BASE first", "Ring states")
@@ -176,6 +180,25 @@ def _can_start(state: State, index: int) -> None:
         raise Refused(f"the ring cannot start: size {ring.num} is not a power of two",
                       "the driver must choose one for a split ring (virtio 1.x, \"Split Virtqueues\")",
                       "VHOST_USER_SET_VRING_NUM")
+
+
+# ------------------------------------------------------------------------------------------ IOMMU
+
+def iotlb_msg(_offer: Offer, _state: State, payload: Iotlb, _fds: int) -> None:
+    # Whether the memory is shared is the device's to say.
+    section = "IOTLB message"
+    if payload.kind == IotlbType.INVALIDATE:
+        return  # too much of it only costs: size 0 is what 2^64 looks like in 64 bits
+    if payload.kind != IotlbType.UPDATE:
+        raise Refused(f"type {payload.kind} is neither an update (2) nor an invalidation (3)",
+                      "the front-end may send only these", section)
+    if not payload.size or payload.iova + payload.size > _ADDRESS_END or payload.uva + payload.size > _ADDRESS_END:
+        raise Refused(f"the translation of {payload.size:#x} bytes at iova {payload.iova:#x}, uva {payload.uva:#x} is "
+                      "empty or goes beyond the end of the address space",
+                      "the front-end must send what the guest's IOMMU has", section)
+    if not 1 <= payload.access <= 3:
+        raise Refused(f"access {payload.access} is neither reading (1), writing (2) nor both (3)",
+                      "the front-end must say what the IOMMU allows", section)
 
 
 # ----------------------------------------------------------------------------------- guest memory

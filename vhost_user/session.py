@@ -89,6 +89,13 @@ class Session:
         if len(self.state.rings) != offer.rings or self.state.features & ~offer.features:
             raise ValueError("what was agreed on is not what is offered")
 
+    def offer_instead(self, offer: Offer) -> None:
+        """Offer this rather than what the session was made with: the first message told who is there. It has as many
+        rings, and nothing was negotiated yet (ValueError)."""
+        if offer.rings != len(self.rings) or self.state != State(rings=(RingState(),) * offer.rings):
+            raise ValueError("the session has begun, or the number of rings would change")
+        self.offer = offer
+
     @property
     def features(self) -> int:
         """Negotiated virtio features, 0 before SET_FEATURES."""

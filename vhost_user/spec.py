@@ -35,6 +35,7 @@ class VirtioBit(IntEnum):
     LOG_ALL = 26  # VHOST_F_LOG_ALL, "Migration"
     PROTOCOL_FEATURES = 30  # VHOST_USER_F_PROTOCOL_FEATURES, entry "VHOST_USER_GET_FEATURES"
     VERSION_1 = 32
+    ACCESS_PLATFORM = 33  # the driver is behind an IOMMU: "IOMMU support"
     RING_PACKED = 34
     RING_RESET = 40
 
@@ -137,6 +138,15 @@ class Request(IntEnum):
     CHECK_DEVICE_STATE = 43
     GET_SHMEM_CONFIG = 44
     GET_VRING_BASE_SKIP_DRAIN = 45
+
+
+class IotlbType(IntEnum):
+    """What an IOTLB message says ("IOTLB message")."""
+
+    MISS = 1
+    UPDATE = 2
+    INVALIDATE = 3
+    ACCESS_FAIL = 4
 
 
 class BackendRequest(IntEnum):

@@ -9,6 +9,7 @@ Nothing blocks: a half message has a deadline, a reply that the peer does not re
 is read in one turn of the control loop is bounded.
 """
 
+import os
 import select
 import socket
 import time
@@ -157,6 +158,31 @@ class Transport:
         if not poller.poll(remaining * 1000):
             raise Close(f"the peer has not read its answers for {SEND_DEADLINE} s; it must read what it asks "
                         "for")
+
+
+class Pipe:
+    """The writing end of a pipe, which this object owns from now on: user-mode Linux takes a back-end's requests that
+    way."""
+
+    def __init__(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self._fd = fd
+
+    def send(self, data: bytes) -> None:
+        """Send ``data`` whole. Raises Disconnected if nobody reads any more, Close if the pipe is full."""
+        try:
+            # A message is shorter than PIPE_BUF, so all of it is written or nothing.
+            os.write(self._fd, data)
+        except BlockingIOError:
+            raise Close("the pipe for the back-end's requests is full; the peer must read it") from None
+        except OSError as error:
+            raise Disconnected(f"the back-end's channel cannot be written: {os.strerror(error.errno)}") from None
+
+    def close(self) -> None:
+        """Close it. May be called any number of times."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _received(ancillary: Iterable[tuple[int, int, bytes]]) -> Iterator[int]:

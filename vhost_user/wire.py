@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from construct import Array, Construct, Int32un, Int64un, Struct
+from construct import Array, Construct, Int8un, Int32un, Int64un, Padding, Struct
 
 from .errors import Refused
 from .spec import TABLE_REGIONS_MAX, VRING_NOFD
@@ -57,6 +57,21 @@ class VringAddr:
     used: int
     avail: int
     log: int
+
+
+@dataclass(frozen=True)
+class Iotlb:
+    """About ``size`` bytes of what a driver behind an IOMMU names from ``iova`` on.
+
+    kind: of IotlbType. uva: where they are. access: what may be done with them, or for a miss or a failed access what
+    was to be done; bit 0 reading, bit 1 writing.
+    """
+
+    iova: int
+    size: int
+    uva: int
+    access: int
+    kind: int
 
 
 @dataclass(frozen=True)
@@ -161,6 +176,7 @@ _U64 = Struct("value" / Int64un)
 _STATE = Struct("index" / Int32un, "num" / Int32un)
 _ADDR = Struct("index" / Int32un, "flags" / Int32un, "desc" / Int64un, "used" / Int64un, "avail" / Int64un,
                "log" / Int64un)
+_IOTLB = Struct("iova" / Int64un, "size" / Int64un, "uva" / Int64un, "access" / Int8un, "kind" / Int8un, Padding(6))
 _REGION = Struct("gpa" / Int64un, "size" / Int64un, "uva" / Int64un, "offset" / Int64un)
 _SINGLE = Struct("padding" / Int64un, "region" / _REGION)
 _LOG = Struct("size" / Int64un, "offset" / Int64un)
@@ -189,6 +205,7 @@ VRING_ADDR = Layout("vring address description", _ADDR,
 LOG = Layout("log description", _LOG, lambda r: Log(r.size, r.offset), vars)
 STATE_TRANSFER = Layout("device state transfer parameters", _TRANSFER,
                         lambda r: StateTransfer(r.direction, r.phase), vars)
+IOTLB = Layout("IOTLB message", _IOTLB, lambda r: Iotlb(r.iova, r.size, r.uva, r.access, r.kind), vars)
 MEM_TABLE = MemTableLayout()
 SINGLE_REGION = Layout("single memory region description", _SINGLE, lambda r: _region(r.region),
                        lambda region: {"padding": 0, "region": vars(region)})

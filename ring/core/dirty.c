@@ -138,7 +138,8 @@ void vq_log(struct vq *q, struct dirty_log *log, int32_t buffers, int32_t ring, 
     q->log = log;
     q->log_buffers = log && buffers;
     q->log_ring = log && ring;
-    q->log_used = used;
+    /* behind an IOMMU log_guest_addr is an iova: the used ring is marked where it is */
+    q->log_used = q->config.iotlb ? q->used_gpa : used;
     if (guard_enter()) {
         vq_vanished(q, NULL, 0);
         return;

@@ -272,10 +272,16 @@ struct vq {
     uint32_t table_limit;
     struct vring_desc *table; /* [table_limit]: private copy of an indirect table */
 
+    struct iotlb_fault missing, denied; /* see vq_missing */
+    struct iotlb_fault *scouted;        /* where vq_scout notes what is missing; else NULL */
+    uint32_t scouted_count, scouted_room;
+    struct iotlb_fault refused;         /* the next miss there is the chain's fault; access 0: none */
+
     struct dirty_log *log;
     uint64_t log_used; /* gpa as which the used ring, or the device event suppression structure, is marked */
     uint64_t desc_gpa; /* of the descriptor table or ring */
     bool inherited; /* what was stored to the ring before us may lack its mark: see dirty_inherited */
+    uint64_t used_gpa; /* of the used ring, or the device event suppression structure */
 };
 
 /* What the journal notes before this is stored before what the ring gets after it. The reader comes when the writer
@@ -299,6 +305,14 @@ static inline int vq_break(struct vq *q, int status, uint32_t at)
  * that may have been is marked: the device's half of the ring, and `written`. -> RING_E_MEMORY_GONE, or
  * RING_E_LOG_GONE when it was the log's. */
 int vq_vanished(struct vq *q, const struct piece *written, uint32_t count);
+
+/* ---------------------------------------------------------------------------------------- IOTLB
+ *
+ * As guestmem_translate, and the copy of an indirect table, for a queue whose driver is behind an IOMMU; callers hold a
+ * guard. Both may answer RING_E_MISS and RING_E_DENIED too. See iotlb.c.
+ */
+int iotlb_translate(struct vq *q, uint64_t iova, uint64_t len, bool writable, struct piece *out, uint32_t max);
+int iotlb_copy(struct vq *q, uint64_t iova, uint8_t *to, uint64_t len);
 
 /* ------------------------------------------------------------------------------------ dirty log
  *

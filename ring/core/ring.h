@@ -5,7 +5,8 @@
  * #include, no static inline. A drift between header and binding is thereby impossible.
  *
  * Words: the device is our side, the driver is the guest's. An address is a gpa (guest-physical), a uva
- * (front-end virtual, what SET_VRING_ADDR carries) or an hva (ours).
+ * (front-end virtual, what SET_VRING_ADDR carries) or an hva (ours). Behind an IOMMU the driver's addresses, those of
+ * the ring parts included, are iovas.
  *
  * Specification: virtio 1.2, 2.7 "Split Virtqueues" and 2.8 "Packed Virtqueues".
  */
@@ -18,7 +19,6 @@ enum ring_status {
     RING_OK = 0,
     RING_EMPTY = 1, /* the driver has made nothing (more) available */
     RING_MORE = 2,  /* the chain goes on: call vq_walk again */
-    RING_MISS = 3,  /* an IOMMU translation is missing: vq_fault_address() names it; un-pop and park */
 
     /* The chain cannot be followed: it goes back used with length 0, the ring goes on. */
     RING_E_NEXT_RANGE = -1,       /* next names a descriptor outside the table */
@@ -31,6 +31,7 @@ enum ring_status {
     RING_E_INDIRECT_LENGTH = -8,  /* table length zero, not a multiple of 16, or beyond the limit */
     RING_E_UNMAPPED = -9,         /* a buffer (or indirect table) outside guest memory */
     RING_E_LENGTH = -10,          /* the chain's lengths add up to 4 GiB or more */
+    RING_E_DENIED = -11,          /* the IOMMU does not let the device use a buffer in this way; vq_denied tells */
 
     /* The ring itself has lost its meaning: it stops until the front-end sets it up again. */
     RING_E_AVAIL_AHEAD = -32,     /* available index ahead by more than the queue size */
@@ -39,6 +40,10 @@ enum ring_status {
     RING_E_ENDLESS = -35,         /* packed: a chain goes once around the ring without an end */
     RING_E_LOG_GONE = -36,        /* the memory of the dirty log vanished (SIGBUS) */
     RING_E_POSITION = -37,        /* packed: neither base nor journal fit the descriptors at the start */
+
+    /* Nobody's mistake: a translation is not known yet, vq_missing tells which. The chain is given back (vq_unpop),
+     * and the ring looked at again when the translation is there. */
+    RING_E_MISS = -48,
 
     /* A request of our own control plane that cannot be met. */
     RING_E_QUEUE_SIZE = -64,      /* zero, above 32768, or (split) not a power of two */
@@ -101,6 +106,43 @@ int64_t pieces_read(const struct piece *pieces, uint32_t count, uint64_t offset,
 int64_t pieces_write(const struct piece *pieces, uint32_t count, uint64_t offset, const uint8_t *from,
                      size_t len);
 
+/* -------------------------------------------------------------------------------------- IOTLB */
+
+/* What a device may do with memory, as vhost-user encodes it. */
+#define IOTLB_READ 1
+#define IOTLB_WRITE 2
+/* Entries of one table. */
+#define IOTLB_ENTRIES_MAX 8192
+
+/* The translations from iova a front-end has sent: iotlb.c tells the rules. It belongs to whoever owns the queues that
+ * translate through it, and changes only while none of them is lent to a pump. */
+struct iotlb;
+
+/* A use of memory that could not be translated. */
+struct iotlb_fault {
+    uint64_t iova;
+    uint32_t access; /* IOTLB_READ | IOTLB_WRITE: what was wanted; 0: there is no such fault */
+};
+
+/* -> NULL when out of memory */
+struct iotlb *iotlb_new(void);
+void iotlb_free(struct iotlb *t);
+uint32_t iotlb_count(const struct iotlb *t);
+/* [iova, iova+size) is at `uva`, for `access`. It replaces what it overlaps; of a full table another entry goes.
+ * -> RING_OK; RING_E_REGION: size 0, overflow, no access, or not wholly inside one region. */
+int iotlb_update(struct iotlb *t, const struct guestmem *mem, uint64_t iova, uint64_t size, uint64_t uva,
+                 uint32_t access);
+/* Does the table say so already? */
+int iotlb_has(const struct iotlb *t, const struct guestmem *mem, uint64_t iova, uint64_t size, uint64_t uva,
+              uint32_t access);
+/* Forget [iova, iova+size), up to the end of the address space where that is beyond; size 0 is 2^64.
+ * -> how many entries were touched */
+uint32_t iotlb_invalidate(struct iotlb *t, uint64_t iova, uint64_t size);
+/* Where [iova, iova+len) lies, if that is one run inside one region, for `access`. -> RING_OK and *hva;
+ * RING_E_MISS or RING_E_DENIED and *fault; RING_E_RING_UNMAPPED: it is not one run. */
+int iotlb_run(const struct iotlb *t, const struct guestmem *mem, uint64_t iova, uint64_t len, uint32_t access,
+              uint8_t **hva, struct iotlb_fault *fault);
+
 /* ------------------------------------------------------------------------------- SIGBUS guard */
 
 /* Install the handler (again, if something replaced it) and prove it: a private file is truncated under
@@ -119,6 +161,13 @@ struct vq_config {
     uint64_t avail;    /* uva of the available ring, or of the driver event suppression structure */
     uint64_t used;     /* uva of the used ring, or of the device event suppression structure */
     uint64_t features; /* negotiated: INDIRECT_DESC (28), EVENT_IDX (29), RING_PACKED (34), IN_ORDER (35) matter */
+    const struct iotlb *iotlb; /* NULL: no IOMMU. Else desc, avail and used are iovas, as the driver's addresses are */
+};
+
+/* A part of a ring: how many bytes it has, and what the device does with them. */
+struct vq_part {
+    uint64_t len;
+    uint32_t access; /* IOTLB_READ | IOTLB_WRITE */
 };
 
 /* One chain of descriptors, translated. pieces[0, readable) is for the device to read,
@@ -176,6 +225,14 @@ void vq_state(const struct vq *q, struct vq_state *out);
 uint32_t vq_base(const struct vq *q);
 /* Put a ring nobody is serving onto another memory table. -> as vq_new; on failure the ring is unchanged. */
 int vq_move(struct vq *q, const struct guestmem *mem);
+/* The parts of a ring of this size with these features: out[0] is desc, [1] avail, [2] used. */
+void vq_parts(uint32_t size, uint64_t features, struct vq_part *out);
+/* What the last RING_E_MISS and the last RING_E_DENIED of this queue were about, once each; may be asked while a pump
+ * has the queue. */
+void vq_missing(struct vq *q, struct iotlb_fault *out);
+void vq_denied(struct vq *q, struct iotlb_fault *out);
+/* There is no translation for `iova`: the next chain that misses it breaks RING_E_UNMAPPED. Not while a pump has it. */
+void vq_refuse(struct vq *q, uint64_t iova);
 /* Declare the ring broken for a reason found outside it (a RING_E_* code): nothing touches its memory again. */
 void vq_fail(struct vq *q, int status);
 
@@ -242,6 +299,10 @@ int vq_decide(struct vq *q);
 int vq_arm(struct vq *q);
 int vq_disarm(struct vq *q);
 int vq_conclude(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots);
+/* Look ahead: walk the next chain, give it back, and tell in out[0, max) all the translations it lacks, not the first
+ * alone (those that an indirect table would show are not seen while the table's own is missing). -> how many, or what
+ * broke the ring. `pieces` is room for RING_PIECES_MAX. */
+int vq_scout(struct vq *q, struct piece *pieces, struct iotlb_fault *out, uint32_t max);
 
 /* ------------------------------------------------------------------------------------- journal */
 

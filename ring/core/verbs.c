@@ -97,6 +97,39 @@ int vq_disarm(struct vq *q)
     DO(q, disarm, q);
 }
 
+static int scout(struct vq *q, struct piece *pieces)
+{
+    struct chain c;
+    int status = q->is_packed ? packed_pop(q, &c, pieces, RING_PIECES_MAX) : split_pop(q, &c, pieces, RING_PIECES_MAX);
+
+    if (q->broken)
+        return q->broken;
+    if (status != RING_EMPTY) {
+        if (q->is_packed)
+            packed_unpop(q, c.slots);
+        else
+            split_unpop(q, c.slots);
+    }
+    return (int)q->scouted_count;
+}
+
+int vq_scout(struct vq *q, struct piece *pieces, struct iotlb_fault *out, uint32_t max)
+{
+    if (q->broken)
+        return q->broken;
+    q->scouted = out;
+    q->scouted_room = max;
+    q->scouted_count = 0;
+    if (guard_enter()) {
+        q->scouted = NULL;
+        return vq_vanished(q, NULL, 0);
+    }
+    int found = scout(q, pieces);
+    guard_leave();
+    q->scouted = NULL;
+    return found;
+}
+
 static int conclude(struct vq *q, uint32_t head, uint32_t chains, uint32_t slots)
 {
     if (q->is_packed) {

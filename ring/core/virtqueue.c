@@ -21,6 +21,16 @@ static struct extent part_bytes(uint32_t size, bool packed)
                            sizeof(struct vring_used) + sizeof(struct vring_used_elem) * (uint64_t)size + 2};
 }
 
+void vq_parts(uint32_t size, uint64_t features, struct vq_part *out)
+{
+    bool packed = features >> FEATURE_RING_PACKED & 1;
+    struct extent bytes = part_bytes(size, packed);
+
+    out[0] = (struct vq_part){bytes.desc, packed ? IOTLB_READ | IOTLB_WRITE : IOTLB_READ};
+    out[1] = (struct vq_part){bytes.avail, IOTLB_READ};
+    out[2] = (struct vq_part){bytes.used, IOTLB_READ | IOTLB_WRITE}; /* used.idx is read at the start */
+}
+
 struct parts {
     uint8_t *desc, *avail, *used;
 };
@@ -28,6 +38,18 @@ struct parts {
 static bool is_packed(const struct vq_config *c)
 {
     return c->features >> FEATURE_RING_PACKED & 1;
+}
+
+/* Where a part of the ring lies, or NULL. */
+static uint8_t *part_at(const struct guestmem *mem, const struct vq_config *c, uint64_t address, uint64_t len,
+                        uint32_t access)
+{
+    struct iotlb_fault fault;
+    uint8_t *hva;
+
+    if (!c->iotlb)
+        return guestmem_uva(mem, address, len);
+    return iotlb_run(c->iotlb, mem, address, len, access, &hva, &fault) == RING_OK ? hva : NULL;
 }
 
 static int resolve(const struct guestmem *mem, const struct vq_config *c, struct parts *out)
@@ -40,10 +62,11 @@ static int resolve(const struct guestmem *mem, const struct vq_config *c, struct
     struct extent align = packed ? (struct extent){16, 4, 4} : (struct extent){16, 2, 4};
     if (c->desc % align.desc || c->avail % align.avail || c->used % align.used)
         return RING_E_RING_ALIGNMENT;
-    struct extent bytes = part_bytes(c->size, packed);
-    out->desc = guestmem_uva(mem, c->desc, bytes.desc);
-    out->avail = guestmem_uva(mem, c->avail, bytes.avail);
-    out->used = guestmem_uva(mem, c->used, bytes.used);
+    struct vq_part part[3];
+    vq_parts(c->size, c->features, part);
+    out->desc = part_at(mem, c, c->desc, part[0].len, part[0].access);
+    out->avail = part_at(mem, c, c->avail, part[1].len, part[1].access);
+    out->used = part_at(mem, c, c->used, part[2].len, part[2].access);
     if (!out->desc || !out->avail || !out->used)
         return RING_E_RING_UNMAPPED;
     /* a region may start at any offset of its file: what we dereference must be aligned as well */
@@ -52,14 +75,22 @@ static int resolve(const struct guestmem *mem, const struct vq_config *c, struct
     return RING_OK;
 }
 
+/* The gpa of what lies at `hva`, which is in guest memory. */
+static uint64_t gpa_of(const struct guestmem *mem, const uint8_t *hva)
+{
+    const struct guest_region *r = guestmem_region_at(mem, hva);
+
+    return r->gpa + (uint64_t)(hva - r->hva);
+}
+
 static void adopt(struct vq *q, const struct guestmem *mem, const struct parts *parts)
 {
     q->mem = mem;
     q->desc = (void *)parts->desc; /* or the packed parts: the same three pointers */
     q->avail = (void *)parts->avail;
     q->used = (void *)parts->used;
-    const struct guest_region *r = guestmem_region_at(mem, parts->desc); /* there is one: see resolve */
-    q->desc_gpa = r->gpa + (uint64_t)(parts->desc - r->hva);
+    q->desc_gpa = gpa_of(mem, parts->desc);
+    q->used_gpa = gpa_of(mem, parts->used);
     q->region_hint = 0;
 }
 

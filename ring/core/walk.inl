@@ -17,7 +17,9 @@ static inline int walk_buffer(struct vq *q, struct chain *c, uint64_t gpa, uint3
     if (unlikely(len == 0)) /* the address of an empty buffer means nothing */
         return RING_OK;
     uint32_t used = c->readable + c->writable;
-    int n = guestmem_translate(q->mem, &q->region_hint, gpa, len, pieces + used, max - used);
+    int n = unlikely(q->config.iotlb)
+                ? iotlb_translate(q, gpa, len, writable, pieces + used, max - used)
+                : guestmem_translate(q->mem, &q->region_hint, gpa, len, pieces + used, max - used);
     if (unlikely(n < 0))
         return n;
     if (writable) {
@@ -32,7 +34,7 @@ static inline int walk_buffer(struct vq *q, struct chain *c, uint64_t gpa, uint3
 
 /* Copy a whole indirect table into private memory, so that it cannot change while it is walked, and go on
  * there. It may lie at any address and cross regions, even inside one descriptor.
- * -> RING_MORE, RING_E_INDIRECT_LENGTH or RING_E_UNMAPPED. */
+ * -> RING_MORE, RING_E_INDIRECT_LENGTH, or as a buffer's translation. */
 static inline int walk_enter(struct vq *q, uint64_t gpa, uint32_t len)
 {
     uint32_t entries = len / (uint32_t)sizeof(struct vring_desc);
@@ -41,6 +43,12 @@ static inline int walk_enter(struct vq *q, uint64_t gpa, uint32_t len)
 
     if (unlikely(entries == 0 || len % sizeof(struct vring_desc) || entries > q->table_limit))
         return RING_E_INDIRECT_LENGTH;
+    if (unlikely(q->config.iotlb)) {
+        int status = iotlb_copy(q, gpa, to, left);
+        if (status != RING_OK)
+            return status;
+        left = 0;
+    }
     while (left > 0) {
         const struct guest_region *r = guestmem_find(q->mem, gpa, &q->region_hint);
         if (unlikely(!r))

@@ -47,6 +47,14 @@ static inline bool port_is_dead(int error)
            error == ECONNREFUSED || error == ENODEV || error == ENXIO;
 }
 
+/* A chain of the guest's broke a rule. */
+static inline void count_bad_chain(struct lane *l, struct flow_stats *stats, int status)
+{
+    stats->bad_chains++;
+    if (status == RING_E_DENIED)
+        lane_event(l, LANE_DENIED);
+}
+
 static inline void count_drop(struct flow_stats *stats, enum drop_reason why)
 {
     stats->dropped[why]++;

@@ -102,7 +102,7 @@ static void flush(struct vq *q, const struct completion *done)
 enum burst {
     BURST_FULL,  /* its budget is used up */
     BURST_EMPTY, /* the driver has made nothing more available */
-    BURST_STOP   /* broken, blocked or memory gone */
+    BURST_STOP   /* broken, blocked, waiting or memory gone */
 };
 
 static enum burst burst_from_guest(struct lane *l, struct vq *q)
@@ -118,8 +118,12 @@ static enum burst burst_from_guest(struct lane *l, struct vq *q)
             end = BURST_EMPTY;
         } else if (unlikely(q->broken)) {
             end = BURST_STOP;
+        } else if (unlikely(status == RING_E_MISS)) {
+            RING(unpop)(q, c.slots);
+            lane_wait(l, WORK_FROM_GUEST);
+            end = BURST_STOP;
         } else if (unlikely(status < 0)) {
-            stats->bad_chains++;
+            count_bad_chain(l, stats, status);
             count_drop(stats, DROP_BAD_CHAIN);
             finish(q, &done, &c);
         } else {

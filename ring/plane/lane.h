@@ -44,6 +44,7 @@ struct lane {
     bool call_to_guest;
     bool blocked;    /* the port takes no more: a chain was given back, wait until it is writable */
     bool starved;    /* the guest has no buffers: the port is not read until it kicks */
+    uint32_t waiting; /* enum work bits of the directions that wait for a translation */
     bool port_gone;
     bool memory_gone;
 
@@ -81,6 +82,14 @@ void serve_to_guest(struct lane *l);
 static inline void lane_event(struct lane *l, uint32_t event)
 {
     __atomic_fetch_or(&l->events, event, __ATOMIC_RELAXED);
+}
+
+/* A chain was met whose translation is missing, and given back: leave its direction alone until the lane is attached
+ * anew. */
+static inline void lane_wait(struct lane *l, uint32_t direction)
+{
+    l->waiting |= direction;
+    lane_event(l, LANE_MISS);
 }
 
 /* Signal an eventfd or pipe without ever blocking on its other side. */

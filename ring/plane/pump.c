@@ -100,8 +100,8 @@ static void watch_kick(struct pump *p, struct source *s, int fd)
 static void watch_ports(struct pump *p, struct lane *l)
 {
     const struct lane_config *c = &l->config;
-    bool wants_in = !l->port_gone && !l->memory_gone && !l->starved && c->to_guest.enabled && c->to_guest.queue &&
-                    !c->to_guest.queue->broken;
+    bool wants_in = !l->port_gone && !l->memory_gone && !l->starved && !(l->waiting & WORK_TO_GUEST) &&
+                    c->to_guest.enabled && c->to_guest.queue && !c->to_guest.queue->broken;
     bool wants_out = !l->port_gone && l->blocked;
 
     if (c->from_port >= 0 && c->from_port == c->to_port) {
@@ -172,6 +172,7 @@ static int attach(struct pump *p, struct lane *l)
     call_once(&c->from_guest, &l->call_from_guest, &l->stats.from_guest);
     call_once(&c->to_guest, &l->call_to_guest, &l->stats.to_guest);
     l->blocked = l->starved = false;
+    l->waiting = 0;
     l->work = WORK_FROM_GUEST | WORK_TO_GUEST; /* look once without a kick */
     watch_ports(p, l);
     return RING_OK;

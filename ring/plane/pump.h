@@ -64,7 +64,10 @@ enum lane_event {
     LANE_MEMORY_GONE = 4,       /* guest memory vanished: the device must be closed */
     LANE_PORT_GONE = 8,
     LANE_KICKED = 16,           /* a kick came while watch_kicks was set */
-    LANE_LOG_GONE = 32          /* the dirty log vanished: the device must be closed */
+    LANE_LOG_GONE = 32,         /* the dirty log vanished: the device must be closed */
+    LANE_MISS = 64,             /* a queue waits for a translation, vq_missing() tells which; it is looked at again
+                                 * when the lane is attached anew */
+    LANE_DENIED = 128           /* a chain was dropped for the IOMMU's sake, vq_denied() tells why */
 };
 
 struct flow_config {

@@ -41,7 +41,7 @@ void serve_from_guest(struct lane *l)
 {
     const struct flow_config *flow = &l->config.from_guest;
 
-    if (l->blocked || !can_serve(l, flow)) {
+    if (l->blocked || l->waiting & WORK_FROM_GUEST || !can_serve(l, flow)) {
         l->work &= ~(uint32_t)WORK_FROM_GUEST;
         return;
     }
@@ -54,7 +54,7 @@ void serve_to_guest(struct lane *l)
 {
     const struct flow_config *flow = &l->config.to_guest;
 
-    if (!flow->enabled || l->config.from_port < 0 || !can_serve(l, flow)) {
+    if (!flow->enabled || l->config.from_port < 0 || l->waiting & WORK_TO_GUEST || !can_serve(l, flow)) {
         l->work &= ~(uint32_t)WORK_TO_GUEST;
         return;
     }

@@ -25,7 +25,7 @@ struct intake {
 };
 
 /* Pop one more chain for the frame in hand.
- * -> RING_OK; RING_EMPTY; RING_E_* with the queue broken; RING_MORE: a bad chain was met, everything popped
+ * -> RING_OK; RING_EMPTY; RING_E_MISS; RING_E_* with the queue broken; RING_MORE: a bad chain was met, everything popped
  * for this frame went back used with length 0 (the order of the ring allows nothing else), start again. */
 static int take_chain(struct lane *l, struct vq *q, struct intake *in)
 {
@@ -37,13 +37,14 @@ static int take_chain(struct lane *l, struct vq *q, struct intake *in)
     int status = RING(pop)(q, &c, pieces, PIECES_MAX - in->pieces);
     if (status == RING_EMPTY || q->broken)
         return status;
-    if (status == RING_E_PIECES && in->pieces > 0) {
+    /* not the chain's fault: its translation is missing, or the frame is spread over too many pieces */
+    if (status == RING_E_MISS || (status == RING_E_PIECES && in->pieces > 0)) {
         RING(unpop)(q, c.slots);
-        return status; /* not the chain's fault: the frame is spread over too many pieces */
+        return status;
     }
     bool too_short = c.writable_len < (in->chains == 0 ? NET_HEADER : 1);
     if (unlikely(status < 0 || c.readable || too_short)) {
-        l->stats.to_guest.bad_chains++;
+        count_bad_chain(l, &l->stats.to_guest, status);
         for (uint32_t i = 0; i < in->chains; i++)
             RING(push)(q, l->filled[i].head, l->filled[i].slots, 0);
         RING(push)(q, c.head, c.slots, 0);
@@ -58,7 +59,7 @@ static int take_chain(struct lane *l, struct vq *q, struct intake *in)
 }
 
 /* Pop chains until `wanted` bytes fit, or, without mergeable buffers, one. -> as take_chain. With RING_EMPTY or
- * RING_E_PIECES `in` has some, but not enough; RING_MORE: one bad chain after the other, go on later. */
+ * RING_E_PIECES or RING_E_MISS `in` has some, but not enough; RING_MORE: one bad chain after the other, go on later. */
 static int take_chains(struct lane *l, struct vq *q, struct intake *in, uint64_t wanted)
 {
     bool mergeable = l->config.features >> NET_F_MRG_RXBUF & 1;
@@ -110,8 +111,17 @@ enum received {
     RECEIVED, /* or dropped: the next one, please */
     IDLE,     /* the port has nothing */
     STARVED,  /* the guest has too few buffers */
+    WAITING,  /* the translation of the next buffer is missing */
     STOP      /* the queue broke, or memory is gone */
 };
+
+/* What to do where take_chains ended with `status` and too little. */
+static enum received short_of(int status)
+{
+    if (status == RING_E_MISS)
+        return WAITING;
+    return status == RING_MORE ? RECEIVED : STARVED;
+}
 
 /* Put a frame that lies in l->room into chains, or hold it there until the guest posts enough. */
 static enum received place_from_room(struct lane *l, struct vq *q, const struct net_header *header, uint32_t length)
@@ -139,7 +149,7 @@ static enum received place_from_room(struct lane *l, struct vq *q, const struct 
     }
     l->held = length;
     l->held_header = mine;
-    return status == RING_MORE ? RECEIVED : STARVED;
+    return short_of(status);
 }
 
 /* Place a frame that was held. The lane may have been detached meanwhile, and another driver, which negotiated
@@ -178,7 +188,7 @@ static enum received receive_frame(struct lane *l, struct vq *q)
     if (q->broken)
         return STOP;
     if (in.chains == 0)
-        return status == RING_MORE ? RECEIVED : STARVED;
+        return short_of(status);
 
     /* [header][chains without the room for their header][tail]; the first chain may keep its header's
      * room over several pieces */
@@ -287,6 +297,8 @@ static void to_guest(struct lane *l)
             }
             l->starved = more == 0;
         }
+        if (end == WAITING)
+            lane_wait(l, WORK_TO_GUEST);
         if (end == RECEIVED)
             continue;
         l->work &= ~(uint32_t)WORK_TO_GUEST;

@@ -27,7 +27,7 @@ from vhost_user.spec import ProtocolFeature as P
 FIXED = mask(F.VERSION_1, F.PROTOCOL_FEATURES)
 
 ALWAYS = FIXED | mask(F.MTU, F.MRG_RXBUF, F.GUEST_ANNOUNCE, F.LOG_ALL, F.INDIRECT_DESC, F.EVENT_IDX,
-                      F.RING_PACKED, F.IN_ORDER)
+                      F.ACCESS_PLATFORM, F.RING_PACKED, F.IN_ORDER)
 
 # What vdev can offer at all, if the port goes along.
 IMPLEMENTED = ALWAYS | OFFLOADS | mask(F.MQ)
@@ -44,9 +44,18 @@ class Audience:
 
     personality: what the operator says it is. ``qemu-net``: QEMU's virtio-net device, or another front-end that keeps
     control queue and configuration space; ``full``: one that leaves the whole device to the back-end.
+    owner_first: its first message was SET_OWNER, as that of user-mode Linux, DPDK and front-ends in Rust is, and not
+    GET_FEATURES, as QEMU's is.
     """
 
     personality: str = PERSONALITIES[0]
+    owner_first: bool = False
+
+    @property
+    def withheld(self) -> int:
+        """The virtio features it is not offered. User-mode Linux lets its guest set ACCESS_PLATFORM and has no IOMMU
+        to ask; who has one and begins with SET_OWNER is not known."""
+        return mask(F.ACCESS_PLATFORM) if self.owner_first else 0
 
     def queue_num(self, queue_pairs: int) -> int:
         """What GET_QUEUE_NUM answers. QEMU's net device means queue pairs, generic front-ends mean rings."""

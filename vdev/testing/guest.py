@@ -54,15 +54,16 @@ class LinuxGuest:
     """A running guest; a context manager. The constructor returns when the guest obeys commands.
 
     program: which QEMU. image: what it boots. network: QEMU options, -m included (``vdev.qemu.qemu_args`` or
-    ``vdev.testing.qemu.tap_args``). cpus: virtual processors. namespace: where QEMU itself runs.
+    ``vdev.testing.qemu.tap_args``). cpus: virtual processors. namespace: where QEMU itself runs. kernel_options:
+    more words for the kernel's command line.
     """
 
     def __init__(self, program: QemuProgram, image: Image, network: Sequence[str], *, cpus: int = 1,
-                 namespace: Namespace | None = None) -> None:
+                 namespace: Namespace | None = None, kernel_options: str = "") -> None:
         self._tokens = itertools.count(1)
         self._program = program
         self._machine = ["-kernel", str(image.kernel), "-initrd", str(image.initrd),
-                         "-append", KERNEL_OPTIONS, "-smp", str(cpus),
+                         "-append", f"{KERNEL_OPTIONS} {kernel_options}", "-smp", str(cpus),
                          # No option ROM: this guest does not boot from the network.
                          "-global", "virtio-net-pci.romfile="]
         self.qemu = Qemu(program, [*self._machine, *network], namespace=namespace)

@@ -18,9 +18,10 @@ from vhost_user.spec import ProtocolFeature
 _RING_FEATURES = mask(Feature.RING_PACKED, Feature.IN_ORDER)
 
 
-def ring_setup(queue: DriverQueue, gpa_addresses: bool = False) -> RingSetup:
-    """What a front-end tells the back-end of a driver's ``queue``."""
-    desc, avail, used = (area.gpa if gpa_addresses else queue.memory.uva(area.gpa) for area in queue.ring.areas)
+def ring_setup(queue: DriverQueue, as_driver: bool = False) -> RingSetup:
+    """What a front-end tells the back-end of a driver's ``queue``: where its parts are for the front-end, or
+    ``as_driver`` has them."""
+    desc, avail, used = (area.gpa if as_driver else queue.memory.uva(area.gpa) for area in queue.ring.areas)
     return RingSetup(num=queue.ring.size, desc=desc, avail=avail, used=used, base=queue.base,
                      kick=queue.kick_fd, call=queue.call_fd, log=queue.ring.areas[2].gpa)
 
@@ -56,9 +57,10 @@ class ScriptedGuest:
             raise ValueError(f"the back-end does not offer {', '.join(names(missing))}")
         self.qemu.reset(queue_pairs)
         gpa_addresses = self.front_end.has(ProtocolFeature.GPA_ADDRESSES)
-        self.qemu.rings = [ring_setup(queue, gpa_addresses) for queue in queues]
+        iommu = bool(features & self.qemu.offered & mask(Feature.ACCESS_PLATFORM))
+        self.qemu.rings = [ring_setup(queue, gpa_addresses or iommu) for queue in queues]
         self.features = features & self.qemu.offered
-        self.qemu.start(shared_regions(self.memory, gpa_addresses), self.features, enabled_pairs=queue_pairs)
+        self.qemu.start(self.regions(gpa_addresses), self.features, enabled_pairs=queue_pairs)
         for driver in self.drivers:
             driver.fill(buffers)
 
@@ -82,6 +84,10 @@ class ScriptedGuest:
         self.qemu.connect()
         self.qemu.enable_pairs(len(self.drivers))
         self.qemu.start(shared_regions(self.memory), self.features, enabled_pairs=len(self.drivers))
+
+    def regions(self, gpa_addresses: bool = False) -> list[SharedRegion]:
+        """Guest memory as the back-end is told of it."""
+        return shared_regions(self.memory, gpa_addresses)
 
     @property
     def driver(self) -> NetDriver:
