@@ -163,6 +163,15 @@ class GuestMemory:
                 return *mapping.identity, mapping.offset + uva - mapping.uva
         raise ValueError(f"{uva:#x} is in no region")
 
+    def uva_of(self, hva) -> int:
+        """What the front-end calls our address ``hva``. Raises ValueError for one outside all mappings."""
+        at = int(ffi.cast("uintptr_t", hva))
+        for mapping in self.mappings:
+            offset = at - int(ffi.cast("uintptr_t", mapping._hva))
+            if 0 <= offset < mapping.size:
+                return mapping.uva + offset
+        raise ValueError(f"{at:#x} is in no region")
+
     def close(self) -> None:
         """Free the table. No queue may use it any more."""
         if self.handle != ffi.NULL:

@@ -86,6 +86,14 @@ class Iotlb:
                 return error(status).code, Fault(fault.iova, fault.access)
         return None
 
+    def uva(self, memory: GuestMemory, iova: int) -> int:
+        """What the front-end itself calls ``iova``, which is translated. Raises RingError where it is not."""
+        hva, fault = ffi.new("uint8_t **"), ffi.new("struct iotlb_fault *")
+        status = lib.iotlb_run(self.handle, memory.handle, iova, 1, 0, hva, fault)
+        if status < 0:
+            raise error(status)
+        return memory.uva_of(hva[0])
+
     def close(self) -> None:
         """Free it. No queue may use it any more."""
         if self.handle != ffi.NULL:

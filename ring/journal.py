@@ -99,7 +99,7 @@ class Journal:
         Raises RingBroken when neither base nor journal fit the ring (then nothing is written down), JournalError
         when the file system has no room.
         """
-        device, inode, offset = queue.memory.file_at(queue.desc)
+        device, inode, offset = queue.file
         binding = _Place(device, inode, offset, queue.desc, queue.avail, queue.used, queue.size, queue.packed).binding
         entries = queue.size * ffi.sizeof("struct journal_entry") if queue.packed else 0
         try:

@@ -310,6 +310,11 @@ class VirtQueue:
         return bool(self.features >> _RING_PACKED & 1)
 
     @property
+    def file(self) -> tuple[int, int, int]:
+        """Where its descriptors lie, as GuestMemory.file_at has it."""
+        return self.memory.file_at(self._iotlb.uva(self.memory, self.desc) if self._iotlb else self.desc)
+
+    @property
     def base(self) -> int:
         """What GET_VRING_BASE answers (vq_base in core/ring.h has the encodings)."""
         return lib.vq_base(self.handle)

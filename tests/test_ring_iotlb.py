@@ -1,12 +1,14 @@
 """The IOTLB on the device's side (core/iotlb.c): what a table says of any address, and what a queue makes of it."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ring.dirty import DirtyLog
 from ring.driver import Buffer, DriverQueue, Extent, GuestMemory
 from ring.driver_parts import INDIRECT_DESC, RING_PACKED
 from ring.errors import ChainError, SetupError, TranslationMissing
@@ -144,8 +146,33 @@ class Behind:
 
 
 @contextmanager
-def behind(features: int) -> Iterator[Behind]:
-    with GuestMemory() as memory, DriverQueue(memory, 8, features) as driver, DeviceSide(memory) as side:
+def log_of(size: int) -> Iterator[tuple[DirtyLog, Callable[[], set[int]]]]:
+    """A dirty log of ``size`` bytes, and the pages marked in it."""
+    fd = os.memfd_create("log")
+    os.ftruncate(fd, size)
+    log = DirtyLog(fd, size)
+    try:
+        yield log, lambda: {8 * at + bit for at, byte in enumerate(os.pread(fd, size, 0)) for bit in range(8)
+                            if byte >> bit & 1}
+    finally:
+        log.close()
+        os.close(fd)
+
+
+class ShiftedSide(DeviceSide):
+    """Guest memory as the device is told of it: elsewhere by so many bytes than the driver's addresses say."""
+
+    def __init__(self, memory: GuestMemory, gpa_shift: int) -> None:
+        super().__init__(memory)
+        self.memory.close()
+        for mapping in self.mappings:
+            mapping.gpa += gpa_shift
+        self.memory = self.owner.table(self.mappings)
+
+
+@contextmanager
+def behind(features: int, gpa_shift: int = 0) -> Iterator[Behind]:
+    with GuestMemory() as memory, DriverQueue(memory, 8, features) as driver, ShiftedSide(memory, gpa_shift) as side:
         made = Behind(memory, driver, side, features)
         yield made
         made.queue.close()
@@ -257,6 +284,26 @@ def test_buffer_over_the_end_of_the_address_space(ring):
         with pytest.raises(ChainError) as caught:
             it.queue.pop()
         assert caught.value.code == "RING_E_UNMAPPED"
+
+
+@FORMATS
+def test_pages_are_marked_by_gpa_whatever_the_iova(ring):
+    """log_guest_addr is an iova, too: the used ring is marked where it lies in guest memory."""
+    with behind(ring, gpa_shift=-0x4000_0000) as it, log_of(1 << 12) as (log, marked):
+        used = it.driver.ring.areas[2].gpa
+        it.queue.log(log, used=used)
+        page = it.memory.alloc(2 * PAGE, PAGE)
+        it.map(page, 2 * PAGE)
+        it.driver.add([Buffer(page + 100, PAGE, True)])
+        it.driver.submit()
+        chain = it.queue.pop()
+        chain.write(bytes(PAGE))
+        it.queue.push(chain, PAGE)
+        it.queue.publish()
+        first = (page - 0x4000_0000) // PAGE
+        ring_pages = {(area.gpa - 0x4000_0000) // PAGE for area in it.driver.ring.areas}
+        assert {first, first + 1} <= marked() <= {first, first + 1} | ring_pages
+        assert marked() & ring_pages
 
 
 def test_ring_whose_parts_are_not_translated_cannot_be_made():

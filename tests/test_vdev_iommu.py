@@ -142,6 +142,17 @@ def test_ring_whose_own_pages_are_taken_back_goes_on_where_it_was(served, ring) 
         assert served.device.stats()[0].frames == 6 and served.device.stats()[1].frames == 5
 
 
+@FORMATS
+def test_ring_that_is_written_down_is_found_behind_the_iommu(tmp_path, ring) -> None:
+    with (ServedDevice(journal=tmp_path / "journal") as served,
+          IommuGuest(served.connect(), features=RING | ring) as guest):
+        for _ in range(3):
+            send(served, guest)
+            get(served, guest)
+            guest.front_end.iotlb_invalidate(0, 0)
+        assert not served.lines("no-journal") and not served.lines("ring-taken-over")
+
+
 def test_ring_that_waits_answers_its_base(served, guest) -> None:
     for _ in range(3):
         send(served, guest)

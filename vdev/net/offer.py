@@ -53,8 +53,8 @@ class Audience:
 
     @property
     def withheld(self) -> int:
-        """The virtio features it is not offered. User-mode Linux lets its guest set ACCESS_PLATFORM and has no IOMMU
-        to ask; who has one and begins with SET_OWNER is not known."""
+        """The virtio features it is not offered. User-mode Linux lets its guest's driver set ACCESS_PLATFORM and has no
+        IOMMU to ask; of a front-end that has one and begins with SET_OWNER nothing is known."""
         return mask(F.ACCESS_PLATFORM) if self.owner_first else 0
 
     def queue_num(self, queue_pairs: int) -> int:
