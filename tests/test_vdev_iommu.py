@@ -1,6 +1,9 @@
 """vdev/iommu.py: a running device whose guest's driver is behind an IOMMU. The front-end is scripted."""
 
+import contextlib
+import os
 import select
+import socket
 
 import pytest
 
@@ -11,7 +14,7 @@ from vdev.testing.netdriver import NetHeader
 from vdev.testing.served import FRAME, ServedDevice
 from vhost_user.frontend import FrontEnd, RequestRefused
 from vhost_user.handshake import QEMU_7_2, QEMU_10_0, QEMU_11_1
-from vhost_user.spec import IotlbType, ProtocolFeature
+from vhost_user.spec import IotlbType, ProtocolFeature, Request
 
 RING = mask(Feature.VERSION_1, Feature.MRG_RXBUF, Feature.EVENT_IDX, Feature.INDIRECT_DESC)
 PACKED = mask(Feature.RING_PACKED)
@@ -258,6 +261,43 @@ def test_answers_that_nobody_asked_for_close_the_channel_only(served, guest) -> 
     guest.front_end.backend_channel.send(b"\1\0\0\0\5\0\0\0\x08\0\0\0" + bytes(8))
     assert "came where none was due" in served.wait_for("channel-closed")
     guest.front_end.set_backend_req_fd(need_reply=True)
+    send(served, guest)
+
+
+@pytest.mark.parametrize("kind", ["datagram", "unconnected", "listening", "pipe", "reading end", "closed"])
+def test_channel_of_another_kind_harms_nobody(served, guest, kind, tmp_path) -> None:
+    send(served, guest)
+    with contextlib.ExitStack() as stack:
+        if kind in ("pipe", "reading end"):
+            ends = os.pipe()
+            stack.callback(os.close, ends[0])
+            stack.callback(os.close, ends[1])
+            fd = ends[kind == "pipe"]
+        else:
+            one, other = socket.socketpair(type=socket.SOCK_DGRAM if kind == "datagram" else socket.SOCK_STREAM)
+            if kind in ("unconnected", "listening"):
+                one = socket.socket(socket.AF_UNIX)
+            if kind == "listening":
+                one.bind(str(tmp_path / "listening"))
+                one.listen()
+            stack.enter_context(one)
+            if kind == "closed":
+                other.close()
+            else:
+                stack.enter_context(other)
+            fd = one.fileno()
+        guest.front_end.request(Request.SET_BACKEND_REQ_FD, fds=[fd], need_reply=True)
+        guest.front_end.iotlb_invalidate(0, 0)
+        guest.driver.transmit(FRAME)
+        assert guest.front_end.get_status() == 0xF
+    guest.front_end.set_backend_req_fd(need_reply=True)
+    assert guest.serve(lambda: arrived(served.port.wire[0]))
+
+
+def test_channel_that_could_block_is_refused(served, guest, tmp_path) -> None:
+    with open(tmp_path / "file", "w+") as file, pytest.raises(RequestRefused):
+        guest.front_end.request(Request.SET_BACKEND_REQ_FD, fds=[file.fileno()], need_reply=True)
+    assert "neither a socket nor a pipe" in served.wait_for("refused-request")
     send(served, guest)
 
 

@@ -218,6 +218,8 @@ class Backend:
             self.port.announce(request.payload.value.to_bytes(8, "little")[:6])
 
     def _set_backend_req_fd(self, request: Accepted) -> None:
+        if not self.reverse.suits(request.fds[0]):
+            raise _Refuse("the descriptor is neither a socket nor a pipe")
         self.reverse.adopt(request.fds.take())
         with self.engine.paused():  # rings that wait for an answer look again, and it is asked for anew
             self.iommu.channel_changed()

@@ -32,6 +32,7 @@ from vhost_user.wire import IOTLB
 from vhost_user.wire import Iotlb as Message
 
 PAGE = 4096  # the least that an IOMMU translates at a time
+QUESTIONS_MAX = 1024  # of which a ring has a few, unless front-end and guest conspire
 DENIED_INTERVAL = 0.02  # seconds between reports of failed accesses to the front-end
 
 
@@ -163,6 +164,8 @@ class Iommu:
                 self._answered(fault, question)
         message = Message(fault.iova, 1, 0, fault.access, IotlbType.MISS)
         if self._reverse.send(BackendRequest.IOTLB_MSG, IOTLB.encode(message), answered):
+            if len(self._questions) >= QUESTIONS_MAX:
+                del self._questions[next(iter(self._questions))]
             self._questions[fault.iova] = question
         else:
             self._say(index, f"the translation of iova {fault.iova:#x} is missing, and there is no channel to ask the "

@@ -52,8 +52,15 @@ class ReverseChannel:
         """Can an answer come back?"""
         return isinstance(self._peer, Transport)
 
+    @staticmethod
+    def suits(fd: int) -> bool:
+        """Can ``fd`` be a channel? Writing to anything but a socket or a pipe could take for ever."""
+        mode = os.fstat(fd).st_mode
+        return stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)
+
     def adopt(self, fd: int) -> None:
-        """Use ``fd``, from now on ours, in place of the channel there was; answers due on that one never come."""
+        """Use ``fd``, which suits and is from now on ours, in place of the channel there was; answers due on that one
+        never come."""
         self.drop()
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
             self._peer = Transport(socket.socket(fileno=fd), replies=True)
@@ -68,7 +75,7 @@ class ReverseChannel:
         asked = answered is not None and self.answers
         try:
             self._peer.send(encode(request, payload, need_reply=asked))
-        except PeerError as error:
+        except (PeerError, OSError) as error:
             self._give_up(error)
             return False
         if asked:
@@ -81,7 +88,7 @@ class ReverseChannel:
             for message in self._peer.turn() if self.answers else ():
                 with message.fds:
                     self._take(message.request, message.payload)
-        except (PeerError, Refused) as error:
+        except (PeerError, Refused, OSError) as error:  # OSError: the socket is of another kind, or not connected
             self._give_up(error)
 
     def _take(self, number: int, payload: bytes) -> None:
