@@ -61,7 +61,7 @@ class Backend:
         self.log = log
         self.memory = SessionMemory(engine, policy)
         self.dirty = SessionLog(log)
-        self.state = SessionState(engine, port, session.offer, log)
+        self.state = SessionState(engine, port, session, log)
         self._stopped_at: dict[int, int] = {}  # bases of rings that SET_STATUS 0 stopped
         self._told: dict[int, int] = {}  # bases as SET_VRING_BASE gave them
         self._answered: set[int] = set()  # rings whose base was just answered

@@ -12,17 +12,18 @@ from vdev.engine import Engine
 from vdev.logs import EventLog
 from vdev.ports.base import Port
 from vdev.state_transfer import Transfer
+from vhost_user.session import Session
 from vhost_user.spec import Direction
-from vhost_user.state import Offer, State
+from vhost_user.state import State
 
 
 class SessionState:
     """The state of one session's device. At most one transfer is under way."""
 
-    def __init__(self, engine: Engine, port: Port, offer: Offer, log: EventLog) -> None:
+    def __init__(self, engine: Engine, port: Port, session: Session, log: EventLog) -> None:
         self._engine = engine
         self._port = port
-        self._offer = offer
+        self._session = session
         self._log = log
         self._before: tuple[FlowStats, FlowStats] = engine.stats()
         self._elsewhere: traffic.Counts | None = None  # what went through before the guest came here
@@ -89,7 +90,7 @@ class SessionState:
     def _load(self, data: bytes) -> None:
         """Take over what a device elsewhere has saved. Raises StateError, and nothing changed."""
         loaded = device_state.decode(data)
-        device_state.check(loaded, self._offer)
+        device_state.check(loaded, self._session.offer)
         if self._kind in loaded.port:
             try:
                 self._port.recall(loaded.port[self._kind])
