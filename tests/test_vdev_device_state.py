@@ -36,6 +36,11 @@ def test_state_of_a_session_has_what_the_guest_negotiated() -> None:
     assert of_session(state, [MAC], COUNTS, {"responder": {"leases": {}}}) == STATE
 
 
+def test_addresses_that_are_too_many_stay_behind() -> None:
+    state = of_session(State((RingState(),)), [bytes([2, 0, 0, 0, 0, n]) for n in range(20)], COUNTS, {})
+    assert len(decode(encode(state)).macs) == 16
+
+
 def test_keys_it_does_not_know_are_passed_over() -> None:
     assert decode(json.dumps(json.loads(encode(STATE)) | {"later": [1]}).encode()) == STATE
 
@@ -77,7 +82,7 @@ def test_missing_parts_are_named(key) -> None:
         decode(json.dumps(rest).encode())
 
 
-@pytest.mark.parametrize("macs", ["x", [1], ["52:54"], ["52:54:00:12:34:5g"], ["52:54:00:12:34:56"] * 257, [None]])
+@pytest.mark.parametrize("macs", ["x", [1], ["52:54"], ["52:54:00:12:34:5g"], ["52:54:00:12:34:56"] * 17, [None]])
 def test_addresses_that_make_no_sense(macs) -> None:
     with pytest.raises(StateError, match="macs makes no sense"):
         decode(json.dumps(json.loads(encode(STATE)) | {"macs": macs}).encode())

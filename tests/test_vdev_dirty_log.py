@@ -221,7 +221,7 @@ def test_rings_that_are_to_log_wait_for_the_log(served, guest) -> None:
         assert guest.memory.snapshot() == before
         guest.front_end.set_log_base(log.fd, log.size, need_reply=False)
         assert guest.driver.receive_within(5).frame == FRAME
-        assert log.take()
+        assert log.take() and served.lines("log-on")
         both_ways(served, guest)
 
 

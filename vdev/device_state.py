@@ -29,7 +29,7 @@ VERSION = 1
 BYTES_MAX = 32 * 1024
 _COUNT_MAX = 1 << 64
 _REASONS_MAX = 64
-_MACS_MAX = 256  # queue pairs there can be
+MACS_MAX = 16  # each is announced at once where the guest comes to
 
 _NOT_THE_GUESTS = mask(Feature.PROTOCOL_FEATURES, Feature.LOG_ALL)
 
@@ -53,7 +53,7 @@ class DeviceState:
 def of_session(state: State, macs: Iterable[bytes], counters: Counts, port: dict[str, Any]) -> DeviceState:
     """What ``state`` and what else is known have to say to the device at the other end."""
     queues = tuple((ring.num, ring.enabled) for ring in state.rings if ring.num)
-    return DeviceState(state.features & ~_NOT_THE_GUESTS, state.mtu, queues, tuple(macs), counters, port)
+    return DeviceState(state.features & ~_NOT_THE_GUESTS, state.mtu, queues, tuple(macs)[:MACS_MAX], counters, port)
 
 
 def encode(state: DeviceState) -> bytes:
@@ -135,7 +135,7 @@ def _queues(value: Any) -> tuple[tuple[int, bool], ...]:
 
 
 def _macs(value: Any) -> tuple[bytes, ...]:
-    if not isinstance(value, list) or len(value) > _MACS_MAX or not all(
+    if not isinstance(value, list) or len(value) > MACS_MAX or not all(
             isinstance(mac, str) and re.fullmatch("[0-9a-f]{2}(:[0-9a-f]{2}){5}", mac) for mac in value):
         raise _Malformed("macs")
     return tuple(bytes.fromhex(mac.replace(":", "")) for mac in value)

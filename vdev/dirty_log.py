@@ -26,7 +26,7 @@ class SessionLog:
     def __init__(self, log: EventLog) -> None:
         self._log = log
         self._current: DirtyLog | None = None
-        self._on = False
+        self._told = "log-off"  # the last line of report
         self._explained = False
 
     @contextmanager
@@ -54,16 +54,17 @@ class SessionLog:
     def report(self, state: State) -> None:
         """A line when marking begins and when it ends; and one when rings wait for a log."""
         wanted = state.logs_buffers or any(state.logs_ring(index) for index in range(len(state.rings)))
-        if wanted == self._on:
+        event = "log-off" if not wanted else "log-missing" if state.log is None else "log-on"
+        if event == self._told:
             return
-        self._on = wanted
-        if not wanted:
-            self._log.peer(logging.INFO, "log-off", "writes to guest memory are no longer logged")
-        elif state.log is None:
-            self._log.peer(logging.INFO, "log-missing", "the front-end asks for writes to be logged (LOG_ALL) and has "
+        self._told = event
+        if event == "log-off":
+            self._log.peer(logging.INFO, event, "writes to guest memory are no longer logged")
+        elif event == "log-missing":
+            self._log.peer(logging.INFO, event, "the front-end asks for writes to be logged (LOG_ALL) and has "
                            "shared no log: the rings wait for it (SET_LOG_BASE), so that no write is missed")
         else:
-            self._log.peer(logging.INFO, "log-on", "writes to guest memory are logged from now on: the front-end "
+            self._log.peer(logging.INFO, event, "writes to guest memory are logged from now on: the front-end "
                            f"migrates the guest (the log has {state.log.size} bytes)", log_bytes=state.log.size)
 
     def explain(self, offer: Offer, protocol_features: int) -> None:

@@ -7,10 +7,11 @@ Theory of operation. A message takes two steps, with the device between them::
     reply = session.answer(accepted, result)    # commits, and builds what goes back
 
 :meth:`Session.answer` and :meth:`Session.resume` are the only writers of what was negotiated, so a request
-that was refused, by us or by the device, leaves no trace. There is one way to say no - an acknowledgement
-other than zero - and it exists only if the front-end asked for one (need_reply, under REPLY_ACK) and the
-request has no reply body of its own; otherwise refusing means closing the connection, as the front-end would
-go on in the belief that all is well ("Communication", "VHOST_USER_PROTOCOL_F_REPLY_ACK").
+that was refused, by us or by the device, leaves no trace. The way to say no is an acknowledgement other than
+zero, and it exists only if the front-end asked for one (need_reply, under REPLY_ACK) and the request has no
+reply body of its own. A few bodies can say no themselves (``refusal`` of their row); otherwise refusing means
+closing the connection, as the front-end would go on in the belief that all is well ("Communication",
+"VHOST_USER_PROTOCOL_F_REPLY_ACK").
 
 Descriptors belong to the message, then to the accepted request, and are closed by the session wherever
 nobody took them: on refusal and at the end of :meth:`Session.answer`.
