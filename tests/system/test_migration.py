@@ -111,7 +111,7 @@ def there_and_back(guest: LinuxGuest, networks: list[list[str]], lan: Namespace,
             for network in (networks[1], networks[0]):
                 reports.append(migrate(guest, network, namespace=namespace))
                 pings.await_answers(10)
-        pings.await_answers(60)  # TCP goes on once its timers, which doubled meanwhile, have run out
+        iperf.await_both()  # TCP goes on once its timers, which doubled meanwhile, have run out
         lost = pings.stop()
         echoed = echo.stop()
         loaded = iperf.stop()
