@@ -1,14 +1,17 @@
 """Every test of a row is able to fail: the devices of tests/mutants*.toml, each of which breaks one requirement, are
 noticed by the tests of that requirement."""
 
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,9 @@ if not (ROOT / "setup.py").exists():
 
 # A test has noticed when it or the driver it uses says so; one that just breaks has not.
 NOTICED = re.compile(r"assert|AssertionError|Failed: DID NOT RAISE|ring\.driver_parts\.DeviceError")
+ROW_TESTS = sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_rows_[!m]*.py"))
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout")
+WITHOUT_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # loading them takes longer than most tests
 ENGINE = re.compile(r"[\[-](pump|step)[\]-]")
 
 
@@ -52,6 +58,22 @@ MUTANTS = [Mutant(**fields) for file in sorted((ROOT / "tests").glob("mutants*.t
            for fields in tomllib.loads(file.read_text())["mutant"]]
 
 
+@functools.cache
+def files_about() -> dict[str, set[str]]:
+    """Row -> the files of its tests. Collecting all of them anew for each device would take most of the time."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "results.json"
+        command = [sys.executable, *PYTEST, "--collect-only", "--long", "--results", str(record), *ROW_TESTS]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **WITHOUT_PLUGINS}, timeout=600, check=True,
+                       stdout=subprocess.DEVNULL)
+        about = json.loads(record.read_text())["about"]
+    files: dict[str, set[str]] = {}
+    for test, noted in about.items():
+        for row in noted["rows"]:
+            files.setdefault(row, set()).add(test.partition("::")[0])
+    return files
+
+
 class Tree:
     """A copy of the project in ``folder``, with an extension built for it."""
 
@@ -60,8 +82,8 @@ class Tree:
         for package in ("ring", "vdev", "vhost_user"):
             shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
         (folder / "tests").mkdir()
-        for path in [ROOT / "tests/conftest.py", *(ROOT / "tests").glob("test_rows_[!m]*.py")]:
-            shutil.copy(path, folder / "tests")
+        for path in ["tests/conftest.py", *ROW_TESTS]:
+            shutil.copy(ROOT / path, folder / "tests")
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, folder)
         self.replace("ring/sources.py", '"-O2"', '"-O0"')  # builds fastest
@@ -74,7 +96,7 @@ class Tree:
 
     def run(self, *arguments: str) -> str:
         """Run Python with what is imported taken from here -> its output."""
-        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
+        environment = {**os.environ, **WITHOUT_PLUGINS, "PYTHONPATH": str(self.folder)}
         done = subprocess.run([sys.executable, *arguments], cwd=self.folder, env=environment, timeout=600,
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode in (0, 1), done.stdout
@@ -87,8 +109,9 @@ class Tree:
     def test(self, ids: list[str]) -> dict:
         """Run the tests of these rows -> the record (tests/conftest.py)."""
         record = self.folder / "results.json"
-        output = self.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rows", ",".join(ids), "--results",
-                          str(record), "tests")
+        files = {file for row, files in files_about().items() for file in files
+                 if any(fnmatchcase(row, pattern) for pattern in ids)}
+        output = self.run(*PYTEST, "--rows", ",".join(ids), "--results", str(record), *sorted(files))
         assert record.exists(), output
         return json.loads(record.read_text())
 

@@ -235,10 +235,13 @@ def test_P77_base_while_frames_are_on_their_way(daemon) -> None:
                 guest.driver.offer(FRAME)
             guest.driver.transmitq.submit()
             bases = [guest.front_end.get_vring_base(index) for index in (0, 1)]
-            before = guest.memory.snapshot()
             queues = (guest.driver.receiveq, guest.driver.transmitq)
             assert bases == [queue.ring.used.idx for queue in queues]
-            time.sleep(0.005)
+            guest.driver.offer(FRAME)
+            guest.driver.transmitq.publish()
+            before = guest.memory.snapshot()
+            guest.driver.transmitq.kick()
+            time.sleep(0.02)
             assert guest.memory.snapshot() == before
             for index, (queue, base) in enumerate(zip(queues, bases, strict=True)):
                 guest.front_end.set_vring_base(index, base, need_reply=True)
