@@ -343,8 +343,8 @@ def test_P84_one_eventfd_for_everything(daemon) -> None:
                 time.sleep(0.001)
             assert received is not None and received.frame == FRAME
         begin = cpu_time(daemon)
-        time.sleep(0.3)
-        assert cpu_time(daemon) - begin < 0.1  # a loop that feeds itself takes all of it
+        time.sleep(1)
+        assert cpu_time(daemon) - begin < 0.05  # a loop that feeds itself takes all it can get
 
 
 def cpu_time(daemon: KeptDaemon) -> float:
