@@ -50,19 +50,32 @@ class _Place:
         return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") | 1
 
 
-class Journal:
-    """The lines of ``rings`` rings in the file at ``path``, ours alone. Raises JournalError."""
+def _binding(queue: VirtQueue) -> int:
+    device, inode, offset = queue.file
+    return _Place(device, inode, offset, queue.desc, queue.avail, queue.used, queue.size, queue.packed).binding
 
-    def __init__(self, path: str, rings: int) -> None:
+
+def _opened(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+class Journal:
+    """The lines of ``rings`` rings in the file at ``path``, ours alone. Raises JournalError.
+
+    file: a descriptor of it from a process that had it and handed it over; ours from now on.
+    """
+
+    def __init__(self, path: str, rings: int, file: int | None = None) -> None:
         self.path = path
         self._rings = rings
         self._line_bytes = ffi.sizeof("struct journal_line")
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._fd = _opened(path) if file is None else file
         except OSError as error:
             raise JournalError(f"{path}: cannot be opened: {error.strerror}") from None
         try:
-            self._claim()
+            if file is None:
+                self._claim()
             size = max(os.fstat(self._fd).st_size, _HEADER.size + rings * self._line_bytes)
             os.ftruncate(self._fd, size)
             self._map = mmap.mmap(self._fd, size)
@@ -99,8 +112,7 @@ class Journal:
         Raises RingBroken when neither base nor journal fit the ring (then nothing is written down), JournalError
         when the file system has no room.
         """
-        device, inode, offset = queue.file
-        binding = _Place(device, inode, offset, queue.desc, queue.avail, queue.used, queue.size, queue.packed).binding
+        binding = _binding(queue)
         entries = queue.size * ffi.sizeof("struct journal_entry") if queue.packed else 0
         try:
             os.posix_fallocate(self._fd, _HEADER.size + index * self._line_bytes,
@@ -111,6 +123,22 @@ class Journal:
         found = queue.take_over(line, binding)
         queue.record(line, binding, base)
         return found
+
+    def write_on(self, index: int, queue: VirtQueue) -> None:
+        """Have ``queue``, which stands where that of the process stood that handed the file over, write down what it
+        does, if that one did."""
+        if self._known(index):
+            queue.write_on(self._line(index), _binding(queue))
+
+    def fileno(self) -> int:
+        """The file, which no other process may open meanwhile."""
+        return self._fd
+
+    def let_go(self) -> None:
+        """Release the file, which another process has now. No queue may write to it any more."""
+        ffi.release(self._memory)
+        self._map.close()
+        os.close(self._fd)
 
     def forget(self, index: int) -> None:
         """The front-end knows where ring ``index`` stands, which does not run: what is written of it counts no more."""
@@ -123,9 +151,7 @@ class Journal:
         if not useful:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
-        ffi.release(self._memory)
-        self._map.close()
-        os.close(self._fd)
+        self.let_go()
 
     def _known(self, index: int) -> bool:
         start = _HEADER.size + index * self._line_bytes

@@ -214,6 +214,10 @@ class VirtQueue:
         """Write down in ``line``, which must outlive the queue, what is done from now on; see ring/journal.py."""
         lib.vq_record(self._ours(), line, binding, base)
 
+    def write_on(self, line, binding: int) -> None:
+        """The same as a process did whose queue stood where this one stands, and which handed the ring over."""
+        lib.vq_write_on(self._ours(), line, binding)
+
     def _ours(self):
         if self.lent:
             raise error(lib.RING_E_BUSY)

@@ -17,23 +17,24 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from ring.errors import MemoryGone, RingBroken, SetupError
+from ring.errors import MemoryGone, RingBroken, SetupError, named
 from ring.guestmem import DEFAULT_POLICY, Policy
 from ring.journal import JournalError
 from ring.virtqueue import VirtQueue
 from vdev.device_state import StateError
 from vdev.dirty_log import SessionLog
-from vdev.engine import Engine, EngineStuck, ring_name
+from vdev.engine import Engine, EnginePart, EngineStuck, ring_name
+from vdev.handover import HandoverError, Put, Take
 from vdev.iommu import Iommu
 from vdev.journal import no_journal
 from vdev.logs import EventLog
-from vdev.memory import SessionMemory
+from vdev.memory import SessionMemory, SharedRegion
 from vdev.net.features import Feature, mask, names
 from vdev.ports.base import Port, PortError
 from vdev.reverse import ReverseChannel
-from vdev.session_state import SessionState
+from vdev.session_state import SessionState, SessionStatePart
 from vhost_user.session import Accepted, Result, Session
 from vhost_user.spec import STATE_NOFD, IotlbType, ProtocolFeature, Request
 from vhost_user.state import Notifier, State
@@ -44,6 +45,20 @@ RARP_INTERVAL = 0.02  # seconds between announcements; QEMU sends five, 50 ms an
 
 class _Refuse(Exception):
     """The device says no; the text is for the front-end's operator."""
+
+
+@dataclass(frozen=True)
+class BackendPart:
+    """A session's hands as they are handed on, the engine apart. reverse: the back-end channel's descriptor."""
+
+    memory: tuple[SharedRegion, ...]
+    stopped_at: dict[int, int]
+    told: dict[int, int]
+    answered: tuple[int, ...]
+    state: SessionStatePart
+    reverse: int
+    introduced: bool
+    reported: tuple[int, ...]
 
 
 def _is_eventfd(fd: int) -> bool:
@@ -233,12 +248,10 @@ class Backend:
         wanted = {index for index in range(len(state.rings)) if state.runnable(index) and self._reachable(state, index)}
         running = set(engine.running())
         enabled = [ring.enabled for ring in state.rings]
-        features = state.features & ~mask(Feature.LOG_ALL)  # which is about the device, not for the guest
         marks = {index: self.dirty.marks(state, index) for index in wanted}
-        mtu = state.mtu if state.mtu and features & mask(Feature.MTU) else 0
-        parked = any(state.resumable(index) for index in range(len(state.rings)))
+        features, mtu, parked = settings = _settings(state)
         if (wanted == running and enabled == [ring.enabled for ring in engine.rings]
-                and (features, mtu, parked) == (engine.features, engine.mtu, engine.watch_kicks)
+                and settings == (engine.features, engine.mtu, engine.watch_kicks)
                 and all(engine.rings[index].marks == wish for index, wish in marks.items())):
             return
         fresh = self._build(state, wanted - running)
@@ -292,10 +305,7 @@ class Backend:
                     raise _Refuse(f"{ring_name(index)} cannot start: no guest memory was shared; give QEMU "
                                   "-object memory-backend-memfd,share=on and -machine memory-backend=ID")
                 try:
-                    fresh[index] = self.engine.build(
-                        self.memory.table, size=ring.num, desc=ring.addr.desc, avail=ring.addr.avail,
-                        used=ring.addr.used, base=self._stopped_at.get(index, ring.base), features=state.features,
-                        iotlb=self.iommu.table if self.iommu.on(state) else None)
+                    fresh[index] = self._queue(state, index, self._stopped_at.get(index, ring.base))
                 except SetupError as reason:
                     raise _Refuse(f"{ring_name(index)} cannot start: {reason}") from None
                 # a ring that we stopped ourselves goes on from there, which is no news
@@ -325,6 +335,13 @@ class Backend:
             self.engine.lost_while_away[index] += found.completed
             self.log.info("lost-while-away", f"{name}: the front-end dropped {found.completed} chains of the "
                           "guest while no back-end was connected", ring=index, chains=found.completed)
+
+    def _queue(self, state: State, index: int, base: int) -> VirtQueue:
+        """A queue for ring ``index`` as ``state`` describes it. Raises SetupError."""
+        ring = state.rings[index]
+        return self.engine.build(self.memory.table, size=ring.num, desc=ring.addr.desc, avail=ring.addr.avail,
+                                 used=ring.addr.used, base=base, features=state.features,
+                                 iotlb=self.iommu.table if self.iommu.on(state) else None)
 
     def _enable_pairs(self, enabled: list[bool]) -> None:
         """Tell the port which pairs get frames. Pair 0 keeps its queue while no other has one, so that the
@@ -397,12 +414,64 @@ class Backend:
         except (PortError, _Refuse) as reason:
             self.log.peer(logging.WARNING, "ring-not-resumed", f"a ring could not be resumed: {reason}")
 
+    # ------------------------------------------------------------------------- handing on
+
+    def export(self, put: Put) -> BackendPart:
+        """What another process needs to go on with this session, beside the engine's part. Raises HandoverError, also
+        while the guest is being migrated."""
+        if self.dirty.on or self.state.deadline is not None:
+            raise HandoverError("a guest is being migrated; try again when that is over")
+        if self.iommu.on(self.session.state):
+            raise HandoverError("a guest's driver is behind an IOMMU, whose translations are not handed over; restart "
+                                "vdev instead")
+        return BackendPart(self.memory.export(put), dict(self._stopped_at), dict(self._told),
+                           tuple(sorted(self._answered)), self.state.export(), put(self.reverse.fileno()),
+                           self._introduced, tuple(sorted(self._reported)))
+
+    def adopt(self, part: BackendPart, engine: EnginePart, take: Take) -> None:
+        """Be what another process exported, with the engine's rings ready to run when that is started.
+
+        Raises SetupError, HandoverError, ValueError.
+        """
+        self._stopped_at, self._told, self._answered = part.stopped_at, part.told, set(part.answered)
+        if part.reverse >= 0:
+            self.reverse.adopt(take(part.reverse))
+        self._introduced, self._reported = part.introduced, set(part.reported)
+        self.memory.adopt(part.memory, take)
+        self.state.adopt(part.state)
+        state = self.session.state
+        for index, (ring, given) in enumerate(zip(self.engine.rings, engine.rings, strict=True)):
+            ring.enabled = state.rings[index].enabled
+            if given.base is not None:
+                ring.queue = self._adopted_queue(state, index, given.base)
+                if given.broken is not None:
+                    ring.queue.fail(named(given.broken))
+        self.engine.features, self.engine.mtu, self.engine.watch_kicks = _settings(state)
+
+    def _adopted_queue(self, state: State, index: int, base: int) -> VirtQueue:
+        if self.memory.table is None or state.rings[index].addr is None:
+            raise HandoverError(f"{ring_name(index)} has lost its memory; reset the guest's driver first")
+        return self._queue(state, index, base)
+
+    def let_go(self) -> None:
+        """Another process goes on with the session: give up what it consists of, and tell nobody."""
+        fds = self._ring_fds()
+        self.engine.reset()
+        self.memory.close()
+        self.dirty.close()
+        self.reverse.drop()
+        for fd in fds:
+            os.close(fd)
+
     # ----------------------------------------------------------------------------- close
+
+    def _ring_fds(self) -> list[int]:
+        return [fd for ring in self.engine.rings for fd in (ring.kick, ring.call, ring.err) if fd >= 0]
 
     def close(self) -> None:
         """End of the session: nothing of it is left in the engine, the port or the file table."""
         self.state.close()
-        fds = [fd for ring in self.engine.rings for fd in (ring.kick, ring.call, ring.err) if fd >= 0]
+        fds = self._ring_fds()
         try:
             self.engine.reset()
         except EngineStuck:
@@ -422,6 +491,14 @@ class Backend:
         self.reverse.drop()
         for fd in fds:
             os.close(fd)
+
+
+def _settings(state: State) -> tuple[int, int, bool]:
+    """What the engine is told of ``state`` beside the rings: features, MTU, whether to report kicks."""
+    mtu = state.mtu if state.mtu and state.features & mask(Feature.MTU) else 0
+    parked = any(state.resumable(index) for index in range(len(state.rings)))
+    # LOG_ALL is about the device, not for the guest.
+    return state.features & ~mask(Feature.LOG_ALL), mtu, parked
 
 
 _HANDLERS: dict[Request, Callable[[Backend, Accepted], int | None]] = {

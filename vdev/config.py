@@ -63,13 +63,16 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class DaemonConfig:
-    """The process. one_off: end after one session of each device."""
+    """The process. one_off: end after one session of each device. upgrade_path: where a successor may ask for
+    everything; upgrade_from: where this one asks. Only then there may be no devices: they are the other's."""
 
     devices: tuple[DeviceConfig, ...]
     one_off: bool = False
     ready_fd: int | None = None
     log_format: str = "text"
     log_level: str = "info"
+    upgrade_path: str | None = None
+    upgrade_from: str | None = None
 
 
 # --------------------------------------------------------------------------------------- converters
@@ -164,7 +167,12 @@ PROCESS_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "ready-fd": ("ready_fd", _descriptor),
     "log-format": ("log_format", _choice(*FORMATS)),
     "log-level": ("log_level", _choice(*LEVELS)),
+    "upgrade-path": ("upgrade_path", _path),
+    "upgrade-from": ("upgrade_from", _path),
 }
+
+# of those, what makes sense for one start only
+_NOT_IN_A_FILE = ("ready-fd", "upgrade-from")
 
 
 def _option(key: str) -> str:
@@ -247,7 +255,7 @@ def build(process: dict[str, Any], shared: dict[str, Any], single: dict[str, Any
     contents = read_file(file) if file is not None else {}
     tables = _file_devices(reader, contents.pop("device", []), file)
     top = _Table(f"{file}: ", contents)
-    outer = {**{key: PROCESS_KEYS[key] for key in PROCESS_KEYS if key != "ready-fd"},
+    outer = {**{key: PROCESS_KEYS[key] for key in PROCESS_KEYS if key not in _NOT_IN_A_FILE},
              **{key: DEVICE_KEYS[key] for key in SHARED_KEYS}}
     settings = reader.convert(top, outer)
     settings |= reader.convert(_Table("--", process), PROCESS_KEYS)
@@ -255,13 +263,13 @@ def build(process: dict[str, Any], shared: dict[str, Any], single: dict[str, Any
     if single and tables:
         reader.errors.append(f"{_option(next(iter(single)))} describes a device of its own and does not go "
                              "with --device or [[device]]; write it inside one")
-    elif not tables:
+    elif not tables and (single or shared or "upgrade-from" not in process):
         tables, shared = [_Table("--", single | shared)], {}
     settings |= reader.convert(_Table("--", shared), DEVICE_KEYS)
     defaults = {DEVICE_KEYS[key][0]: settings.pop(DEVICE_KEYS[key][0])
                 for key in SHARED_KEYS if DEVICE_KEYS[key][0] in settings}
     found = _devices(reader, tables, defaults, list(passed))
-    _check_together(reader, found, settings.get("ready_fd"))
+    _check_together(reader, found, settings.get("ready_fd"), settings.get("upgrade_path"))
     if reader.errors:
         raise Misuse(*reader.errors)
     return DaemonConfig(devices=tuple(found), **settings)
@@ -304,10 +312,12 @@ def _refuse(reader: _Reader, table: _Table, keys: Iterable[str], reason: str) ->
                       for key in keys if key in table.values]
 
 
-def _check_together(reader: _Reader, devices: list[DeviceConfig], ready_fd: int | None) -> None:
+def _check_together(reader: _Reader, devices: list[DeviceConfig], ready_fd: int | None,
+                    upgrade_path: str | None) -> None:
     """What is fine for each device and wrong for all of them: two claim the same thing."""
     claims = [("name", device.name) for device in devices]
-    claims += [("socket", device.socket_path) for device in devices if device.socket_path is not None]
+    sockets = [device.socket_path for device in devices] + [upgrade_path]
+    claims += [("socket", path) for path in sockets if path is not None]
     fds = [device.fd for device in devices] + [ready_fd]
     fds += [device.port.fd for device in devices if isinstance(device.port, TapSpec)]
     claims += [("descriptor", fd) for fd in fds if fd is not None]

@@ -8,17 +8,19 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from ring.errors import MemoryGone
 from ring.pump import LaneEvent
-from vdev.backend import Backend
+from vdev.backend import Backend, BackendPart
 from vdev.dirty_log import GONE
-from vdev.engine import EngineStuck
-from vhost_user.codec import Message
+from vdev.engine import EnginePart, EngineStuck
+from vdev.handover import Put, Take
+from vhost_user.codec import Begun, Message
 from vhost_user.errors import Close, Disconnected, Nack
 from vhost_user.session import Session
 from vhost_user.spec import Request
-from vhost_user.state import Notifier, Offer
+from vhost_user.state import Notifier, Offer, State
 from vhost_user.transport import Transport
 
 # A ring asked for its base while others run is started again, but not before the front-end had time to stop
@@ -32,13 +34,30 @@ _VANISHED = ("guest memory vanished: the front-end truncated its file, or the fi
              "give QEMU memory-backend-memfd, and enough of it")
 
 
-class Connection:
-    """A session in progress. All methods but close raise PeerError when it is over."""
+@dataclass(frozen=True)
+class ConnectionPart:
+    """A connection as it is handed on. Times are those of ``time.monotonic``, which all processes share."""
 
-    def __init__(self, sock: socket.socket, backend_of, offer: Callable[[int], Offer], log):
-        """offer: what to offer a front-end whose first message is the request with this number."""
+    begun: Begun
+    deadline: float | None
+    opened: bool  # the first message has come
+    offer: Offer
+    state: State
+    resume_at: float | None
+    port_retry_at: float | None
+    backend: BackendPart
+
+
+class Connection:
+    """A session in progress. All methods but close, export and let_go raise PeerError when it is over."""
+
+    def __init__(self, sock: socket.socket, backend_of, offer: Callable[[int], Offer], log, state: State | None = None,
+                 opening: int = Request.GET_FEATURES):
+        """offer: what to offer a front-end whose first message is the request with this number. state: what was agreed
+        on so far, over a connection that another process had, which was offered as to ``opening``; see :meth:`adopt`.
+        """
         self._transport = Transport(sock)
-        self._session = Session(offer(Request.GET_FEATURES))
+        self._session = Session(offer(opening), state)
         self._offer: Callable[[int], Offer] | None = offer  # None: the first message has come
         self._backend: Backend = backend_of(self._session)
         self._log = log
@@ -147,6 +166,29 @@ class Connection:
             raise Close(f"{stuck}; closing") from None
         except MemoryGone:
             raise Close(_VANISHED) from None
+
+    def export(self, put: Put) -> ConnectionPart:
+        """What another process needs to go on with this session. Raises HandoverError."""
+        begun = self._transport.begun
+        begun = replace(begun, fds=tuple(map(put, begun.fds)))
+        # A log that is not written to is left behind: the next migration begins with one of its own.
+        state = replace(self._session.state, log=None)
+        return ConnectionPart(begun, self._transport.deadline, self._offer is None, self._session.offer, state,
+                              self._resume_at, self._port_retry_at, self._backend.export(put))
+
+    def adopt(self, part: ConnectionPart, engine: EnginePart, take: Take) -> None:
+        """Be what another process exported; socket and state are those of the constructor. Raises SetupError,
+        HandoverError, ValueError, Close."""
+        self._transport.go_on(replace(part.begun, fds=tuple(map(take, part.begun.fds))), part.deadline)
+        if part.opened:
+            self._offer = None
+        self._resume_at, self._port_retry_at = part.resume_at, part.port_retry_at
+        self._backend.adopt(part.backend, engine, take)
+
+    def let_go(self) -> None:
+        """Another process goes on with the session: give up what it consists of, and tell nobody."""
+        self._backend.let_go()
+        self._transport.close()
 
     def close(self) -> None:
         """Release everything that came over the connection, then the socket."""

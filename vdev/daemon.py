@@ -4,6 +4,9 @@ Order at the start: sockets are made but not seen yet (a path in use is the like
 should have been touched when it is found), then ports and devices, then the sockets appear, then whoever
 started us is told. At the end the same backwards. Never a fork: whoever starts us keeps us (vhost-user,
 "Backend program conventions").
+
+A daemon that takes over from another (``--upgrade-from``) opens nothing: it gets all that was open there. And one that
+was taken over releases nothing, because its successor uses it.
 """
 
 import contextlib
@@ -12,10 +15,11 @@ import signal
 import socket
 from collections.abc import Callable
 from dataclasses import replace
-
+from functools import partial
 from vdev import listen, notify
 from vdev.config import DaemonConfig, DeviceConfig
 from vdev.errors import Failure
+from vdev.handover import undisturbed
 from vdev.logs import EventLog
 from vdev.loop import Loop
 from vdev.net import offer
@@ -36,11 +40,15 @@ TAP_QUEUE_PAIRS = 8
 OpenDevice = Callable[[DeviceConfig, EventLog], Device]
 
 
-def open_device(config: DeviceConfig, log: EventLog) -> Device:
-    """The device that ``config`` describes, its port open. Raises Failure."""
+def _open_device(config: DeviceConfig, log: EventLog, upgradable: bool = False) -> Device:
+    """The device that ``config`` describes, its port open; upgradable: it can be handed to another process.
+
+    Raises Failure.
+    """
     # Here, not above: these bring in the C core and netlink, which a wrong command line need not wait for.
     try:
         from ring.errors import RingError
+        from ring.guestmem import DEFAULT_POLICY
         from vdev.device import Device
         from vdev.journal import open_journal
         from vdev.ports import PortError, open_port
@@ -56,7 +64,8 @@ def open_device(config: DeviceConfig, log: EventLog) -> Device:
     try:
         default = port.carries.queue_pairs if isinstance(port, Tap) else 1
         settled = fitted(config, port, default)
-        return Device(config.name, port, settled, log, open_journal(settled, log))
+        policy = replace(DEFAULT_POLICY, keep_files=upgradable)
+        return Device(config.name, port, settled, log, open_journal(settled, log), policy)
     except BaseException as error:
         port.close()
         if isinstance(error, RingError | OSError | MemoryError):
@@ -84,12 +93,13 @@ def fitted(config: DeviceConfig, port: Port, default_pairs: int) -> DeviceConfig
 class Daemon:
     """One process that serves the devices of ``config``. ``open_device`` makes each."""
 
-    def __init__(self, config: DaemonConfig, open_device: OpenDevice = open_device):
+    def __init__(self, config: DaemonConfig, open_device: OpenDevice | None = None):
         self._config = config
-        self._open_device = open_device
+        self._open_device = open_device or partial(_open_device, upgradable=config.upgrade_path is not None)
         self._log = EventLog()
         self._loop = Loop(lambda exception: self._log.bug("internal-error", "serving an event", exception))
         self._serving = 0
+        self._handed_over = False
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT, or the last session when there can be no other. Raises Failure when
@@ -97,11 +107,15 @@ class Daemon:
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(self._loop.close)
             self._take_signals()
-            for service in self._open(cleanup):
+            services = self._open(cleanup) if self._config.upgrade_from is None else self._take_over(cleanup)
+            for service in services:
                 cleanup.callback(service.close)
                 service.open()
             self._tell_ready()
             self._loop.run()
+            if self._handed_over:
+                cleanup.pop_all()
+                return
             # A second signal could only disturb an end that is under way.
             signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
             self._tell_manager("STOPPING=1")
@@ -127,6 +141,10 @@ class Daemon:
         if self._config.ready_fd is not None:
             notify.check_ready_fd(self._config.ready_fd)
         sockets = [_socket(config, cleanup) for config in configs]
+        upgrade = None
+        if self._config.upgrade_path is not None:
+            upgrade = listen.Publication(self._config.upgrade_path, mode=0o600)
+            cleanup.callback(upgrade.close)
         logs = [EventLog(config.name) for config in configs]
         devices = []
         for config, log in zip(configs, logs, strict=True):
@@ -134,31 +152,95 @@ class Daemon:
             cleanup.callback(self._release, device)
             devices.append(device)
         services = []
-        for config, sock, device, log in zip(configs, sockets, devices, logs, strict=True):
-            source = self._source(config, sock, log, cleanup)
-            services.append(Service(self._loop, device, source, log, self._config.one_off, self._finished))
+        for number, (config, device, log) in enumerate(zip(configs, devices, logs, strict=True)):
+            if isinstance(sockets[number], listen.Publication):
+                sockets[number] = self._publish(sockets[number], log, cleanup)
+            services.append(self._service(config, sockets[number], device, log))
         self._serving = len(services)
+        if upgrade is not None:
+            self._await_successor(self._publish(upgrade, self._log, cleanup), sockets, devices, services, cleanup)
         return services
 
-    def _source(self, config: DeviceConfig, sock: "_Socket", log: EventLog,
-                cleanup: contextlib.ExitStack) -> Source:
-        if isinstance(sock, listen.Publication):
-            if sock.replaced:
-                log.info("stale-socket", f"{sock.path}: replaced a socket whose owner is gone",
-                         path=sock.path)
-            sock = sock.publish()
-            cleanup.callback(sock.close)
+    @staticmethod
+    def _publish(sock: listen.Publication, log: EventLog, cleanup: contextlib.ExitStack) -> listen.Listener:
+        if sock.replaced:
+            log.info("stale-socket", f"{sock.path}: replaced a socket whose owner is gone", path=sock.path)
+        listener = sock.publish()
+        cleanup.callback(listener.close)
+        return listener
+
+    def _service(self, config: DeviceConfig, sock: listen.Listener | socket.socket | None, device: Device,
+                 log: EventLog) -> Service:
+        """sock: None for a device that connects by itself."""
         if isinstance(sock, listen.Listener):
-            return Accepting(sock, self._loop, log)
-        if sock is not None:
-            return Inherited(sock)
-        return Connecting(config.socket_path, self._loop, log)
+            source: Source = Accepting(sock, self._loop, log)
+        elif sock is not None:
+            source = Inherited(sock)
+        else:
+            source = Connecting(config.socket_path, self._loop, log)
+        return Service(self._loop, device, source, log, self._config.one_off, self._finished)
 
     def _release(self, device: Device) -> None:
         try:
             device.close()
         except Exception as exception:  # the others still have to be released, and the sockets removed
             self._log.bug("internal-error", "closing a device", exception)
+
+    # -------------------------------------------------------------------------- one after the other
+
+    def _await_successor(self, listener: listen.Listener, sockets: list, devices: list, services: list[Service],
+                         cleanup: contextlib.ExitStack) -> None:
+        """Let another process take over from this one, at ``listener``."""
+        from vdev.upgrade import Served, Upgrades
+
+        served = [Served(device.config, sock if isinstance(sock, listen.Listener) else None, device, service)
+                  for sock, device, service in zip(sockets, devices, services, strict=True)]
+        upgrades = Upgrades(listener, served, self._loop, self._log, self._succeeded)
+        cleanup.callback(upgrades.close)
+        upgrades.open()
+
+    def _succeeded(self, pid: int | None) -> None:
+        """Process ``pid`` serves now. What is open here is its own, and is left as it is."""
+        self._log.info("handed-over", f"process {pid} has taken over", successor_pid=pid)
+        self._tell_manager(f"MAINPID={pid}")
+        self._handed_over = True
+        self._loop.stop()
+
+    def _take_over(self, cleanup: contextlib.ExitStack) -> list[Service]:
+        """As :meth:`_open`, but everything comes from a daemon that runs. Raises Failure, and that one goes on."""
+        try:
+            from vdev.takeover import Takeover, milliseconds_since
+        except ImportError as error:
+            raise Failure(f"vdev is not complete here: {error}") from None
+        if self._config.ready_fd is not None:
+            notify.check_ready_fd(self._config.ready_fd)
+        takeover = Takeover(self._config)
+        with undisturbed():
+            everything = takeover.adopt()
+            takeover.commit()
+            for adopted in everything.devices:
+                adopted.device.start()
+            gap = milliseconds_since(everything.paused_at)
+        services, sockets = [], []
+        for adopted in everything.devices:
+            cleanup.callback(self._release, adopted.device)
+            sock = adopted.listener or (adopted.sock if adopted.config.fd is not None else None)
+            service = self._service(adopted.config, sock, adopted.device, adopted.log)
+            adopted.give_to(service)
+            services.append(service)
+            sockets.append(sock)
+        for listener in (everything.upgrade, *(sock for sock in sockets if isinstance(sock, listen.Listener))):
+            listener.take_credit()
+            cleanup.callback(listener.close)
+        self._serving = sum(not service.finished for service in services)
+        self._config = replace(self._config, devices=tuple(adopted.config for adopted in everything.devices))
+        sessions = sum(adopted.sock is not None for adopted in everything.devices)
+        self._log.info("taken-over", f"taken over from process {takeover.pid}: devices {len(services)}, front-ends "
+                       f"connected {sessions}; frames stood still for {gap:.1f} ms", predecessor_pid=takeover.pid,
+                       devices=len(services), sessions=sessions, milliseconds=round(gap, 3))
+        self._await_successor(everything.upgrade, sockets, [adopted.device for adopted in everything.devices],
+                              services, cleanup)
+        return services
 
     def _tell_ready(self) -> None:
         line = " ".join(["ready", *map(str, self._config.devices)])

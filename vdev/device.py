@@ -2,17 +2,23 @@
 
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from ring.journal import Journal
+from ring.guestmem import DEFAULT_POLICY, Policy
+from ring.journal import Journal, JournalError
 from ring.pump import FlowStats
 from vdev.backend import Backend
 from vdev.config import DeviceConfig
-from vdev.connection import Connection
-from vdev.engine import Engine
+from vdev.connection import Connection, ConnectionPart
+from vdev.engine import Engine, EnginePart
+from vdev.handover import HandoverError, Put, Take
 from vdev.logs import EventLog
+from vdev.net.features import names
 from vdev.net.offer import Audience, protocol_features, virtio_features
-from vdev.ports.base import Port
+from vdev.ports import adopt_port
+from vdev.ports.base import Port, PortPart
 from vdev.reverse import ReverseChannel
+from vhost_user.session import Session
 from vhost_user.spec import Request
 from vhost_user.state import Offer
 
@@ -20,15 +26,26 @@ from vhost_user.state import Offer
 MEM_SLOTS = 509
 
 
+@dataclass(frozen=True)
+class DevicePart:
+    """A device as it is handed on."""
+
+    port: PortPart
+    engine: EnginePart
+    connection: ConnectionPart | None
+
+
 class Device:
     """Lives as long as the daemon; takes over ``port`` and ``journal``. ``config.queue_pairs`` is set and suits it."""
 
-    def __init__(self, name: str, port: Port, config: DeviceConfig, log: EventLog, journal: Journal | None = None):
+    def __init__(self, name: str, port: Port, config: DeviceConfig, log: EventLog, journal: Journal | None = None,
+                 policy: Policy = DEFAULT_POLICY):
         self.name = name
         self.port = port
+        self.config = config
         self._log = log
+        self._policy = policy
         self.engine = Engine(port, config.queue_pairs, journal)
-        self._config = config
         self._reverse = ReverseChannel(log)
         self._connection: Connection | None = None
         for note in port.notes:
@@ -36,18 +53,19 @@ class Device:
 
     def offer(self, opening: int) -> Offer:
         """What a front-end is offered whose first message is the request with the number ``opening``."""
-        pairs = self._config.queue_pairs
-        audience = Audience(self._config.personality, owner_first=opening == Request.SET_OWNER)
-        features = virtio_features(self.port.carries, pairs, self._config.features.remove | audience.withheld)
+        pairs = self.config.queue_pairs
+        audience = Audience(self.config.personality, owner_first=opening == Request.SET_OWNER)
+        features = virtio_features(self.port.carries, pairs, self.config.features.remove | audience.withheld)
         return Offer(features, protocol_features(features), rings=2 * pairs, queue_num=audience.queue_num(pairs),
                      max_mem_slots=MEM_SLOTS)
 
     def open_session(self, sock: socket.socket) -> Connection:
         """Serve the front-end at the other end of ``sock``, the only one now."""
-        self._connection = Connection(
-            sock, lambda session: Backend(session, self.engine, self.port, self._log, self._reverse), self.offer,
-            self._log)
+        self._connection = Connection(sock, self._backend_of, self.offer, self._log)
         return self._connection
+
+    def _backend_of(self, session: Session) -> Backend:
+        return Backend(session, self.engine, self.port, self._log, self._reverse, self._policy)
 
     def watches(self) -> list[tuple[int, Callable[[], None]]]:
         """(descriptor, callback when it is readable) pairs; a callback raises PeerError to end the session."""
@@ -67,8 +85,63 @@ class Device:
         """(from_guest, to_guest) since the device was made."""
         return self.engine.stats()
 
+    # ------------------------------------------------------------------------- handing on
+
+    def export(self, put: Put) -> DevicePart:
+        """What another process needs to go on with this device; exact while the engine is paused. Raises
+        HandoverError."""
+        connected = self._connection is not None and self._connection.fileno() >= 0
+        return DevicePart(self.port.export(put), self.engine.export(put),
+                          self._connection.export(put) if connected else None)
+
+    @classmethod
+    def adopt(cls, part: DevicePart, config: DeviceConfig, log: EventLog, policy: Policy,
+              take: Take, sock: socket.socket | None) -> tuple["Device", Connection | None]:
+        """The device that another process exported, and its session over ``sock``; they run when :meth:`start` is
+        called. Raises HandoverError where this one would be less, and what the parts of it raise."""
+        try:
+            given = part.engine.journal
+            journal = given and Journal(given[0], 2 * config.queue_pairs, take(given[1]))
+        except JournalError as error:
+            raise HandoverError(f"{config.name}: {error}") from None
+        device = cls(config.name, adopt_port(part.port, take), config, log, journal, policy)
+        device.engine.adopt(part.engine, take)
+        given = part.connection
+        if given is not None:
+            device._connection = Connection(sock, device._backend_of, device.offer, log, given.state,
+                                            device._opening(given.offer))
+            device._connection.adopt(given, part.engine, take)
+        return device, device._connection
+
+    def _opening(self, promised: Offer) -> int:
+        """The first message of a front-end to which ``promised`` still holds. Raises HandoverError where none is."""
+        openings = (Request.GET_FEATURES, Request.SET_OWNER)
+        for opening in openings:
+            if self.offer(opening).keeps(promised):
+                return opening
+        raise HandoverError(f"{self.name}: this vdev would offer the guest less than the one that runs "
+                            f"({_less(self.offer(openings[0]), promised)}); give it the same options, or stop the one "
+                            "and start the other")
+
+    def start(self) -> None:
+        """Run what was adopted."""
+        self.engine.start()
+
+    def let_go(self) -> None:
+        """Another process goes on with the device: release what is ours of it and undo nothing. The session must have
+        been let go."""
+        self.engine.let_go()
+        self._reverse.close()
+        self.port.let_go()
+
     def close(self) -> None:
         """Release engine and port; no session may be left."""
         self.engine.close()
         self._reverse.close()
         self.port.close()
+
+
+def _less(offered: Offer, before: Offer) -> str:
+    """What ``before`` had and ``offered`` lacks, for a person."""
+    missing = names(before.features & ~offered.features)
+    return ", ".join(missing).lower() if missing else "other protocol features or limits"

@@ -44,6 +44,11 @@ class SessionLog:
             raise
         self._retire(old)
 
+    @property
+    def on(self) -> bool:
+        """The front-end wants writes to be logged."""
+        return self._on
+
     def marks(self, state: State, index: int) -> Marks | None:
         """What ring ``index`` marks in ``state``, in which it may run."""
         buffers, ring = state.logs_buffers, state.logs_ring(index)

@@ -20,6 +20,7 @@ from ring.iotlb import Iotlb
 from ring.journal import Journal
 from ring.pump import Flow, FlowStats, Lane, LaneConfig, LaneEvent, Pump
 from ring.virtqueue import Takeover, VirtQueue
+from vdev.handover import Put, Take
 from vdev.ports.base import Port
 
 
@@ -46,6 +47,30 @@ class Ring:
     kick: int = -1
     call: int = -1
     err: int = -1
+
+
+@dataclass(frozen=True)
+class RingPart:
+    """A ring as it is handed on: its position as SET_VRING_BASE carries it, if it runs; the rule it broke, if it did;
+    its descriptors."""
+
+    base: int | None
+    broken: str | None
+    kick: int
+    call: int
+    err: int
+
+
+@dataclass(frozen=True)
+class EnginePart:
+    """An engine as it is handed on. held: by queue pair, the frame that waits for buffers of the guest; counters:
+    (from_guest, to_guest) since the device was made; journal: its path and descriptor."""
+
+    journal: tuple[str, int] | None
+    rings: tuple[RingPart, ...]
+    lost_while_away: tuple[int, ...]
+    held: tuple[bytes, ...]
+    counters: tuple[FlowStats, FlowStats]
 
 
 def ring_name(index: int) -> str:
@@ -241,6 +266,45 @@ class Engine:
         with self.paused():
             macs = [lane.guest_mac() for lane in self._lanes]
         return sorted({mac for mac in macs if mac is not None})
+
+    # ------------------------------------------------------------------------- handing on
+
+    def export(self, put: Put) -> EnginePart:
+        """Positions and frames are exact while paused; else a look at what moves on, without the frames."""
+        rings = []
+        for ring in self.rings:
+            broken = ring.queue.state.broken if ring.queue else None
+            rings.append(RingPart(ring.queue.base if ring.queue else None, broken.code if broken else None,
+                                  put(ring.kick), put(ring.call), put(ring.err)))
+        held = tuple(b"" if lane in self._attached else lane.held for lane in self._lanes)
+        journal = None if self._journal is None else (self._journal.path, put(self._journal.fileno()))
+        return EnginePart(journal, tuple(rings), tuple(self.lost_while_away), held, self.stats())
+
+    def adopt(self, part: EnginePart, take: Take) -> None:
+        """Be what another process exported, except for the queues and the journal. Nothing may have run here yet, and
+        nothing does before :meth:`start`. Raises ValueError for what is no engine of this many rings."""
+        for ring, given in zip(self.rings, part.rings, strict=True):
+            ring.kick, ring.call, ring.err = take(given.kick), take(given.call), take(given.err)
+        for lane, frame in zip(self._lanes, part.held, strict=True):
+            if frame:
+                lane.hold(frame)
+        self.lost_while_away = list(part.lost_while_away)
+        self._carried.append(part.counters)
+
+    def start(self) -> None:
+        """Run what was adopted. Raises EngineStuck."""
+        with self.paused():
+            for index in self.running():
+                if self._journal is not None:
+                    self._journal.write_on(index, self.rings[index].queue)
+
+    def let_go(self) -> None:
+        """Another process goes on with what this one ran."""
+        self.reset()
+        if self._journal is not None:
+            self._journal.let_go()
+            self._journal = None
+        self.close()
 
     def close(self) -> None:
         """Stop everything and end the worker."""

@@ -26,6 +26,7 @@ import time
 from dataclasses import dataclass
 
 from vdev.errors import Failure
+from vdev.handover import Put, Take
 
 BACKLOG = 8
 # sun_path is 108 bytes with its terminator (unix(7))
@@ -41,11 +42,19 @@ def peer_pid(sock: socket.socket) -> int | None:
     None when it cannot be told, e.g. because it lives in another PID namespace.
     """
     try:
-        data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
+        return _credentials(sock)[0] or None
     except OSError:
         return None
-    pid, _, _ = struct.unpack("iII", data)
-    return pid or None
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """The user of the process at the other end of ``sock``, as it was when the connection was made."""
+    return _credentials(sock)[1]
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid)"""
+    return struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII")))
 
 
 def find_group(name: str) -> int:
@@ -65,6 +74,15 @@ def find_group(name: str) -> int:
         return grp.getgrnam(name).gr_gid
     except KeyError:
         raise Failure(f"--socket-group {name}: there is no such group; `getent group` lists them") from None
+
+
+@dataclass(frozen=True)
+class ListenerPart:
+    """A Listener as it is handed on."""
+
+    socket: int
+    path: str | None
+    inode: tuple[int, int] | None
 
 
 @dataclass
@@ -89,6 +107,20 @@ class Listener:
             return None
         connection.setblocking(False)
         return connection
+
+    def export(self, put: Put) -> ListenerPart:
+        """What another process needs to go on listening here."""
+        return ListenerPart(put(self.fileno()), self.path, self.inode)
+
+    @classmethod
+    def adopt(cls, part: ListenerPart, take: Take) -> "Listener":
+        """The socket that another process exported."""
+        return cls(socket.socket(fileno=take(part.socket)), part.path, part.inode)
+
+    def take_credit(self) -> None:
+        """Let those who connect to our path from now on be told that this process listens (SO_PEERCRED)."""
+        if self.path is not None:
+            self.sock.listen(BACKLOG)
 
     def close(self) -> None:
         """Stop listening; remove the path if it still names this socket."""

@@ -4,9 +4,21 @@ Every change follows the engine's three steps: map and build outside the pause, 
 after. A change that fails leaves everything as it was.
 """
 
+from dataclasses import dataclass
+
 from ring.guestmem import GuestMemory, Mapping, Owner, Policy
 from vdev.engine import Engine
+from vdev.handover import HandoverError, Put, Take
+from vhost_user.fds import OwnedFds
 from vhost_user.wire import Region
+
+
+@dataclass(frozen=True)
+class SharedRegion:
+    """A region that is mapped, and its file (see vdev/handover.py)."""
+
+    region: Region
+    file: int
 
 
 class SessionMemory:
@@ -68,6 +80,19 @@ class SessionMemory:
         if old_table is not None:
             old_table.close()
         return lost
+
+    def export(self, put: Put) -> tuple[SharedRegion, ...]:
+        """What is mapped. Raises HandoverError if the files were not kept (Policy.keep_files)."""
+        if any(mapping.file < 0 for mapping in self._mappings):
+            raise HandoverError("the files of guest memory were not kept open")
+        return tuple(SharedRegion(Region(m.gpa, m.size, m.uva, m.offset), put(m.file)) for m in self._mappings)
+
+    def adopt(self, regions: tuple[SharedRegion, ...], take: Take) -> None:
+        """Map what another process has mapped. No ring may run yet. Raises SetupError."""
+        for shared in regions:
+            with OwnedFds([take(shared.file)]) as fds:
+                self._mappings.append(self._map(shared.region, fds[0]))
+        self.table = self._owner.table(self._mappings) if self._mappings else None
 
     def close(self) -> None:
         """Unmap everything. No ring may be left."""

@@ -42,6 +42,10 @@ class ReverseChannel:
         """Readable when :meth:`on_ready` is due."""
         return self._epoll.fileno()
 
+    def fileno(self) -> int:
+        """The channel's descriptor; -1: there is none."""
+        return -1 if self._peer is None else self._peer.fileno()
+
     @property
     def open(self) -> bool:
         """Is there a channel?"""

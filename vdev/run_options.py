@@ -31,6 +31,8 @@ examples:
   vdev --socket-path /tmp/vm.sock --port tap:vm0,ip=10.0.0.1/24
   vdev --device socket=/tmp/a.sock,port=tap:a,bridge=br0 --device socket=/tmp/b.sock,port=tap:b,bridge=br0
   vdev qemu-args /tmp/vm.sock        what to start QEMU with
+  vdev --socket-path /tmp/vm.sock --upgrade-path /tmp/vdev.upgrade
+  vdev --upgrade-from /tmp/vdev.upgrade        the next version takes over from it
 
 SIGTERM and SIGINT end vdev; SIGHUP, SIGUSR1 and SIGUSR2 are ignored.
 Exit status: 0 fine, 1 failed, 2 misused.
@@ -65,6 +67,10 @@ def parser(prog: str, verbs: str = "") -> Parser:
     process = run.add_argument_group("the process").add_argument
     process("--one-off", action="store_const", const=True, help="end after the first session of each device")
     process("--ready-fd", metavar="N", help="write READY to descriptor N and close it when ready")
+    process("--upgrade-path", metavar="PATH",
+            help="let another vdev of this user take over, without the guests noticing, at the Unix socket PATH")
+    process("--upgrade-from", metavar="PATH",
+            help="take over from the vdev that was given --upgrade-path PATH: devices, front-ends, traffic")
     process("--config", metavar="FILE.toml", help="read options from a file; the command line wins")
     process("--check-config", action="store_true", help="list all mistakes in the configuration and end")
     process("--log-format", metavar="|".join(FORMATS), help="default: text")

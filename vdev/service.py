@@ -18,14 +18,26 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from vdev import traffic
+from vdev.handover import Put
 from vdev.listen import peer_pid
 from vdev.logs import EventLog
 from vdev.loop import Callback, Loop, Timer
 from vdev.sources import Source
 from vhost_user.errors import Disconnected, PeerError
+
+
+@dataclass(frozen=True)
+class SessionPart:
+    """What a service hands on of its session, beside :attr:`Service.counters`. since: ``time.monotonic()`` of its
+    start; heard: the front-end has said something."""
+
+    socket: int
+    since: float
+    heard: bool
 
 
 class Connection(Protocol):
@@ -36,6 +48,8 @@ class Connection(Protocol):
     def on_readable(self) -> None: ...
 
     def on_deadline(self) -> None: ...
+
+    def let_go(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -86,9 +100,13 @@ class Service:
         self._watched: set[int] = set()
 
     def open(self) -> None:
-        """Begin to serve."""
+        """Begin to serve; with the session that was adopted, if one was."""
         self._watch_device()
-        self._source.open(self._connected)
+        if self._session is not None:
+            self._watch_session()
+            self._source.resume(self._connected)
+        elif not self._finished:
+            self._source.open(self._connected)
 
     def close(self) -> None:
         """Take no connection any more, and end the session if there is one. The device stays open."""
@@ -96,6 +114,49 @@ class Service:
         self._source.close()
         if self._session is not None:
             self._end(logging.INFO, "vdev is ending")
+        for fd in self._watched:
+            self._loop.unwatch(fd)
+
+    # ------------------------------------------------------------------------------ handing on
+
+    @property
+    def finished(self) -> bool:
+        """No further session will come."""
+        return self._finished
+
+    @property
+    def counters(self) -> traffic.Reading | None:
+        """The device's counters at the start of the session; None without one."""
+        return self._session.counters if self._session is not None else None
+
+    def export(self, put: Put) -> SessionPart | None:
+        """What another process needs to go on with the session, beside its connection; None without one."""
+        session = self._session
+        return None if session is None else SessionPart(put(session.fd), session.since, session.heard)
+
+    def adopt(self, part: SessionPart, sock: socket.socket, connection: Connection, counters: traffic.Reading) -> None:
+        """Have the session that another process exported, when :meth:`open` is called."""
+        self._session = _Session(sock, connection, counters)
+        self._session.since, self._session.heard = part.since, part.heard
+
+    def retire(self) -> None:
+        """No session is to come any more."""
+        self._finished = True
+
+    def abort(self, reason: str) -> None:
+        """End the session, if there is one, for a reason of ours."""
+        self._end(logging.WARNING, reason)
+
+    def let_go(self) -> None:
+        """Another process goes on with the session and takes the connections: give them up, and tell nobody."""
+        session, self._session = self._session, None
+        if session is not None:
+            self._loop.unwatch(session.fd)
+            session.connection.let_go()
+            if session.timer is not None:
+                session.timer.cancel()
+        self._finished = True
+        self._source.close()
         for fd in self._watched:
             self._loop.unwatch(fd)
 
@@ -127,6 +188,9 @@ class Service:
             self._vacant(used=False)
             return
         self._session = _Session(sock, connection, self._device.stats())
+        self._watch_session()
+
+    def _watch_session(self) -> None:
         self._loop.watch(self._session.fd, self._readable)
         self._rearm()
 

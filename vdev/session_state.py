@@ -3,7 +3,9 @@
 vhost-user, "Migrating back-end state". The text is vdev/device_state.py's, the pipe vdev/state_transfer.py's.
 """
 
+import json
 import logging
+from dataclasses import dataclass
 
 from ring.pump import FlowStats
 from vdev import device_state, traffic
@@ -15,6 +17,16 @@ from vdev.state_transfer import Transfer
 from vhost_user.session import Session
 from vhost_user.spec import Direction
 from vhost_user.state import State
+
+
+@dataclass(frozen=True)
+class SessionStatePart:
+    """A SessionState as it is handed on. elsewhere: counts as JSON text."""
+
+    before: tuple[FlowStats, FlowStats]
+    elsewhere: str | None
+    macs: tuple[bytes, ...]
+    moved: tuple[bytes, ...]
 
 
 class SessionState:
@@ -41,6 +53,17 @@ class SessionState:
         """Move what can be moved now."""
         if self._transfer is not None:
             self._transfer.advance()
+
+    def export(self) -> SessionStatePart:
+        """What another process needs to go on; nothing may be under way. Raises EngineStuck."""
+        self._macs = self._engine.guest_macs() or self._macs
+        return SessionStatePart(self._before, self._elsewhere and json.dumps(self._elsewhere), tuple(self._macs),
+                                self._moved)
+
+    def adopt(self, part: SessionStatePart) -> None:
+        """Be what another process exported. Raises ValueError."""
+        self._before, self._macs, self._moved = part.before, list(part.macs), part.moved
+        self._elsewhere = part.elsewhere and json.loads(part.elsewhere)
 
     def begin(self, direction: int, fd: int, state: State) -> None:
         """SET_DEVICE_STATE_FD: save to ``fd`` or load from it, which is ours from now on. Raises StateError and

@@ -33,6 +33,9 @@ class Source(Protocol):
     def open(self, deliver: Deliver) -> None:
         """Begin to give connections."""
 
+    def resume(self, deliver: Deliver) -> None:
+        """The same for a device that has one, from a process before this one."""
+
     def vacant(self) -> None:
         """The device is free for another connection."""
 
@@ -50,6 +53,9 @@ class Inherited:
 
     def open(self, deliver: Deliver) -> None:
         deliver(self._connection)
+
+    def resume(self, deliver: Deliver) -> None:
+        pass
 
     def vacant(self) -> None:
         pass
@@ -73,6 +79,8 @@ class Accepting:
     def open(self, deliver: Deliver) -> None:
         self._deliver = deliver
         self._loop.watch(self._listener.fileno(), self._accept)
+
+    resume = open
 
     def vacant(self) -> None:
         pass
@@ -126,6 +134,10 @@ class Connecting:
     def open(self, deliver: Deliver) -> None:
         self._deliver = deliver
         self._connect()
+
+    def resume(self, deliver: Deliver) -> None:
+        self._deliver = deliver
+        self._connected_at = time.monotonic()
 
     def vacant(self) -> None:
         if time.monotonic() - self._connected_at >= SETTLED:

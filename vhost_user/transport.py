@@ -168,6 +168,10 @@ class Pipe:
         os.set_blocking(fd, False)
         self._fd = fd
 
+    def fileno(self) -> int:
+        """The descriptor; -1 when closed."""
+        return self._fd
+
     def send(self, data: bytes) -> None:
         """Send ``data`` whole. Raises Disconnected if nobody reads any more, Close if the pipe is full."""
         try:

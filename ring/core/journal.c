@@ -336,6 +336,17 @@ void vq_record(struct vq *q, struct journal_line *line, uint64_t binding, uint32
     q->line = line;
 }
 
+void vq_write_on(struct vq *q, struct journal_line *line, uint64_t binding)
+{
+    struct place from = place_of(line->gap), to = place_of(line->gap >> 16);
+
+    if (line->binding != binding)
+        return;
+    if (q->is_packed && line->gap & GAP_THERE && in_ring(q, from) && in_ring(q, to))
+        set_gap(q, from, to);
+    vq_record(q, line, binding, line->base);
+}
+
 void journal_pass(struct vq *q)
 {
     struct place to = {q->gap.to, q->gap.to_wrap};

@@ -335,6 +335,9 @@ int vq_take_over(struct vq *q, const struct journal_line *line, uint64_t binding
 /* From now on write down in `line` what is done to the ring. base: what the front-end said last. The queue's entries
  * of `line` must be backed by memory; binding is not 0. */
 void vq_record(struct vq *q, struct journal_line *line, uint64_t binding, uint32_t base);
+/* A process that lives has handed the ring over with nothing in flight, and q, new, stands where its queue stood: write
+ * on in `line` where that one ended, if it wrote there. */
+void vq_write_on(struct vq *q, struct journal_line *line, uint64_t binding);
 
 /* Does `reason` (enum call_reason) mean that the driver is to be notified? */
 int call_is_due(int reason);

@@ -3,22 +3,22 @@
 base.py says what a port is, spec.py how one is written; every other kind is a module of its own.
 """
 
-from collections.abc import Callable
-
-from vdev.ports.base import Port, PortError
+from vdev.handover import HandoverError, Take
+from vdev.options import OptionError
+from vdev.ports.base import Port, PortError, PortPart
 from vdev.ports.loopback import Loopback
 from vdev.ports.null import Null
 from vdev.ports.responder import Responder
-from vdev.ports.spec import LoopbackSpec, NullSpec, PortSpec, ResponderSpec, TapSpec
+from vdev.ports.spec import LoopbackSpec, NullSpec, PortSpec, ResponderSpec, TapSpec, parse_port
 from vdev.ports.tap import Tap
 
-__all__ = ["Port", "PortError", "default_port", "open_port"]
+__all__ = ["Port", "PortError", "adopt_port", "default_port", "open_port"]
 
-_OPEN: dict[type[PortSpec], Callable[..., Port]] = {
-    TapSpec: Tap.open,
-    ResponderSpec: Responder.open,
-    LoopbackSpec: Loopback.open,
-    NullSpec: Null.open,
+_KINDS: dict[type[PortSpec], type[Tap | Responder | Loopback | Null]] = {
+    TapSpec: Tap,
+    ResponderSpec: Responder,
+    LoopbackSpec: Loopback,
+    NullSpec: Null,
 }
 
 
@@ -31,10 +31,20 @@ def open_port(spec: PortSpec | None, queue_pairs: int) -> Port:
     if spec is None:
         return default_port(queue_pairs)
     try:
-        return _OPEN[type(spec)](spec, queue_pairs)
+        return _KINDS[type(spec)].open(spec, queue_pairs)
     except OSError as e:
         raise PortError(f"{spec}: {e.strerror.lower()}; it needs a few file descriptors and some memory for"
                         f" {queue_pairs} queue pairs (`ulimit -n`)") from None
+
+
+def adopt_port(part: PortPart, take: Take) -> Port:
+    """The port that another process exported. Raises HandoverError for one that this vdev does not know, ValueError for
+    a state that is none."""
+    try:
+        spec = parse_port(part.spec)
+    except OptionError as error:
+        raise HandoverError(f"this vdev does not know the port: {error}") from None
+    return _KINDS[type(spec)].adopt(spec, part.state, take)
 
 
 def default_port(queue_pairs: int) -> Port:

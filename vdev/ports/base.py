@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vdev.handover import Put
+
 VNET_HEADER = 12  # struct virtio_net_hdr_v1, virtio 1.x "Network Device / Device Operation"
 ETHERNET_HEADER = 14
 
@@ -42,6 +44,14 @@ class Ends:
 
     to_port: int
     from_port: int
+
+
+@dataclass(frozen=True)
+class PortPart:
+    """A port as it is handed on. spec: a text for parse_port; state: what only a port of this kind understands."""
+
+    spec: str
+    state: Any
 
 
 class Port:
@@ -91,6 +101,15 @@ class Port:
     def lost(self) -> bool:
         """The pump found the port gone (EBADFD). Try to get it back; True when it is usable again."""
         return False
+
+    def export(self, put: Put) -> PortPart:
+        """What another process needs to go on with this port (vdev/handover.py): the class of the same spec makes it of
+        that again, with ``adopt(spec, state, take)``."""
+        raise NotImplementedError
+
+    def let_go(self) -> None:
+        """Another process goes on with this port: close our descriptors, and undo nothing."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Release everything this port made, and nothing it found."""

@@ -62,7 +62,8 @@ class DhcpServer:
     """Leases the hosts of ``address.network``, except ``address`` itself, lowest first.
 
     boot_file: BOOTP file name given to every client (at most 127 bytes), with this server as the next one.
-    ``leases``: address by MAC, the one unheard for longest first. At most LEASES_MAX: that one gives way.
+    ``leases``: address by MAC, the one unheard for longest first. At most LEASES_MAX: that one gives way. ``declined``:
+    addresses that a client found in use, the first one first, as many at the most.
     """
 
     def __init__(self, address: IPv4Interface, boot_file: str = "") -> None:
@@ -72,7 +73,7 @@ class DhcpServer:
         self._network = address.network
         self._boot_file = boot_file.encode()
         self.leases: OrderedDict[bytes, IPv4Address] = OrderedDict()
-        self._declined: OrderedDict[IPv4Address, None] = OrderedDict()
+        self.declined: OrderedDict[IPv4Address, None] = OrderedDict()
 
     def answer(self, message: bytes) -> Answer | None:
         """The answer to one message of a client; None where there is none to give. Never raises."""
@@ -117,7 +118,7 @@ class DhcpServer:
         """
         address = self.leases.pop(mac, None)
         if address is None:
-            taken = {self._address, *self.leases.values(), *self._declined}
+            taken = {self._address, *self.leases.values(), *self.declined}
             hosts = islice(self._network.hosts(), len(taken) + 1)
             if wanted is not None and wanted not in taken and self._is_host(wanted):
                 address = wanted
@@ -126,8 +127,8 @@ class DhcpServer:
             if len(self.leases) >= LEASES_MAX or address is None and self.leases:
                 _, freed = self.leases.popitem(last=False)
                 address = address or freed
-            elif address is None and self._declined:
-                address, _ = self._declined.popitem(last=False)
+            elif address is None and self.declined:
+                address, _ = self.declined.popitem(last=False)
         if address is not None:
             self.leases[mac] = address
         return address
@@ -138,9 +139,9 @@ class DhcpServer:
 
     def _decline(self, mac: bytes) -> None:
         """Somebody else uses the address: keep it out of the pool, as many as there are leases."""
-        self._declined[self.leases.pop(mac)] = None
-        if len(self._declined) > LEASES_MAX:
-            self._declined.popitem(last=False)
+        self.declined[self.leases.pop(mac)] = None
+        if len(self.declined) > LEASES_MAX:
+            self.declined.popitem(last=False)
 
     def _grant(self, request: _Request, kind: int, address: IPv4Address | None) -> Answer | None:
         if address is None:

@@ -1,7 +1,11 @@
 """The null port: frames from the guest are counted by the pump and dropped; none come back."""
 
+from typing import Any
+
+from vdev.handover import Put, Take
 from vdev.net.features import OFFLOADS
-from vdev.ports.base import VNET_HEADER, Carries, Ends, Port
+from vdev.plain import from_plain
+from vdev.ports.base import VNET_HEADER, Carries, Ends, Port, PortPart
 from vdev.ports.spec import NullSpec
 
 
@@ -20,3 +24,13 @@ class Null(Port):
 
     def ends(self, pair: int) -> Ends:
         return Ends(-1, -1)
+
+    def export(self, put: Put) -> PortPart:
+        return PortPart(str(self), self.carries.queue_pairs)
+
+    @classmethod
+    def adopt(cls, spec: NullSpec, state: Any, take: Take) -> "Null":
+        return cls(from_plain(int, state))
+
+    def let_go(self) -> None:
+        pass

@@ -21,16 +21,19 @@ import struct
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Any, NamedTuple
 
+from vdev.handover import Put, Take
 from vdev.net.features import Feature, mask
+from vdev.plain import from_plain
 from vdev.ports import packets
-from vdev.ports.base import VNET_HEADER, Carries, Ends
+from vdev.ports.base import VNET_HEADER, Carries, Ends, PortPart
 from vdev.ports.dhcp import CLIENT_PORT, SERVER_PORT, DhcpServer
 from vdev.ports.packets import Arp, Datagram, Frame, Packet
-from vdev.ports.sockets import MESSAGE_MAX, SocketPort
+from vdev.ports.sockets import MESSAGE_MAX, Pairs, SocketPort, adopt_pairs
 from vdev.ports.spec import ResponderSpec
 
 MAC = bytes.fromhex("027664657601")
@@ -66,6 +69,19 @@ class EchoReply(NamedTuple):
     seconds: float
 
 
+@dataclass(frozen=True)
+class ResponderPart:
+    """A responder as it is handed on: what it has learned, the one unheard for longest first."""
+
+    pairs: Pairs
+    boot_file: str
+    leases: dict[bytes, IPv4Address]
+    declined: tuple[IPv4Address, ...]
+    neighbours: dict[bytes, bytes]
+    answered: dict[str, int]
+    pings: tuple[tuple[bytes, int, float], ...]
+
+
 class Responder(SocketPort):
     """See the module. Each queue pair gets its answers on the pair it asked on.
 
@@ -76,13 +92,14 @@ class Responder(SocketPort):
     answers for which the guest left no room. ``on_echo_reply`` is called with each :class:`EchoReply`.
     """
 
-    def __init__(self, spec: ResponderSpec, queue_pairs: int, boot_file: str = "") -> None:
+    def __init__(self, spec: ResponderSpec, queue_pairs: int, boot_file: str = "", pairs: list | None = None) -> None:
         self.dhcp = DhcpServer(spec.address, boot_file)
-        super().__init__(queue_pairs)
+        super().__init__(queue_pairs, pairs)
         self.carries = Carries(VNET_HEADER, mask(Feature.CSUM, Feature.GUEST_CSUM), queue_pairs)
         self.answered: Counter[str] = Counter()
         self.on_echo_reply: Callable[[EchoReply], None] | None = None
         self._spec = spec
+        self._boot_file = boot_file
         self._address = spec.address.ip.packed
         self._own_v6 = (LINK_LOCAL.packed, ADDRESS_V6.packed)
         self._neighbours: OrderedDict[bytes, bytes] = OrderedDict()  # MAC by address, packed
@@ -144,6 +161,26 @@ class Responder(SocketPort):
         if frame.ethertype == packets.ETHERTYPE_IPV6:
             return self._from_ipv6(frame, partial_checksum)
         return None
+
+    # ---- another process goes on with it
+
+    def export(self, put: Put) -> PortPart:
+        return PortPart(str(self), ResponderPart(
+            self.export_pairs(put), self._boot_file, dict(self.dhcp.leases), tuple(self.dhcp.declined),
+            dict(self._neighbours), dict(self.answered),
+            tuple((address, sequence, asked) for (address, sequence), asked in self._pings.items())))
+
+    @classmethod
+    def adopt(cls, spec: ResponderSpec, state: Any, take: Take) -> "Responder":
+        part = from_plain(ResponderPart, state)
+        pairs = adopt_pairs(part.pairs, take)
+        port = cls(spec, len(pairs), part.boot_file, pairs)
+        port.dhcp.leases.update(part.leases)
+        port.dhcp.declined.update(dict.fromkeys(part.declined))
+        port._neighbours.update(part.neighbours)
+        port.answered.update(part.answered)
+        port._pings.update({(address, sequence): asked for address, sequence, asked in part.pings})
+        return port
 
     # ---- the socket
 

@@ -5,7 +5,10 @@ socket is the back-pressure, and both ends are non-blocking.
 """
 
 import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+from vdev.handover import Put, Take
 from vdev.ports.base import ETHERNET_HEADER, VNET_HEADER, Port
 
 # The longest packet IP can name, behind an Ethernet header with one VLAN tag, behind the net header.
@@ -16,26 +19,41 @@ MESSAGE_MAX = VNET_HEADER + ETHERNET_HEADER + 4 + 65535
 _SEND_BUFFER = 16 * MESSAGE_MAX
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """The sockets of a port as they are handed on, with the frames in them: (near, far) by queue pair."""
+
+    ends: tuple[tuple[int, int], ...]
+
+
 class SocketPort(Port):
     """``self.near[pair]`` is our end, ``self.far[pair]`` the pump's, for ``queue_pairs`` pairs.
 
-    Raises OSError (EMFILE, ENOMEM) when the sockets cannot be had; none is left open then.
+    pairs: sockets made before, instead of new ones. Raises OSError (EMFILE, ENOMEM) when the sockets cannot be had;
+    none is left open then.
     """
 
-    def __init__(self, queue_pairs: int) -> None:
+    def __init__(self, queue_pairs: int, pairs: list[tuple[socket.socket, socket.socket]] | None = None) -> None:
         self.near: list[socket.socket] = []
         self.far: list[socket.socket] = []
         try:
-            for _ in range(queue_pairs):
-                near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for near, far in _fresh(queue_pairs) if pairs is None else pairs:
                 self.near.append(near)
                 self.far.append(far)
-                for end in near, far:
-                    end.setblocking(False)
-                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         except OSError:
             self.close()
             raise
+
+    def export_pairs(self, put: Put) -> Pairs:
+        """The sockets, for another process."""
+        both = zip(self.near, self.far, strict=True)
+        return Pairs(tuple((put(near.fileno()), put(far.fileno())) for near, far in both))
+
+    def let_go(self) -> None:
+        for end in self.near + self.far:
+            end.close()
+        self.near.clear()
+        self.far.clear()
 
     def enable(self, pair: int, enabled: bool) -> None:
         """A pair that is switched off loses what waits for its guest: it would be stale later."""
@@ -49,10 +67,21 @@ class SocketPort(Port):
                 drain(end)
 
     def close(self) -> None:
-        for end in self.near + self.far:
-            end.close()
-        self.near.clear()
-        self.far.clear()
+        self.let_go()
+
+
+def _fresh(count: int) -> Iterator[tuple[socket.socket, socket.socket]]:
+    for _ in range(count):
+        pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in pair:
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        yield pair
+
+
+def adopt_pairs(pairs: Pairs, take: Take) -> list[tuple[socket.socket, socket.socket]]:
+    """The sockets that another process exported."""
+    return [(socket.socket(fileno=take(near)), socket.socket(fileno=take(far))) for near, far in pairs.ends]
 
 
 def drain(end: socket.socket) -> None:

@@ -26,10 +26,15 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_interface
+from typing import Any
 
+from vdev.handover import Put, Take
 from vdev.net.features import Feature, mask
+from vdev.plain import from_plain
 from vdev.ports import link, tun
-from vdev.ports.base import VNET_HEADER, Carries, Ends, Port, PortError
+from vdev.ports.base import VNET_HEADER, Carries, Ends, Port, PortError, PortPart
 from vdev.ports.rarp import rarp_frame
 from vdev.ports.spec import TapSpec
 
@@ -65,6 +70,21 @@ def offload_flags(features: int) -> tun.Offload:
     if has(Feature.GUEST_USO4, Feature.GUEST_USO6):
         flags |= tun.Offload.USO4 | tun.Offload.USO6
     return flags
+
+
+@dataclass(frozen=True)
+class TapPart:
+    """A TAP as it is handed on: its queues, and what to do with the interface when it is deleted or closed."""
+
+    name: str
+    queues: tuple[int, ...]
+    multi_queue: bool
+    enabled: tuple[bool, ...]
+    offload: tun.Offload
+    carries: Carries
+    given_addresses: tuple[str, ...]
+    joined_bridge: bool
+    link_due: bool
 
 
 class Tap(Port):
@@ -143,13 +163,33 @@ class Tap(Port):
             return False
         return True
 
+    def export(self, put: Put) -> PortPart:
+        return PortPart(str(self._spec), TapPart(
+            self.name, tuple(map(put, self._fds)), self._multi_queue, tuple(self._enabled), self._offload, self.carries,
+            tuple(map(str, self._changes.addresses)), self._changes.joined_bridge, self._link_due))
+
+    @classmethod
+    def adopt(cls, spec: TapSpec, state: Any, take: Take) -> "Tap":
+        part = from_plain(TapPart, state)
+        if len(part.queues) != len(part.enabled) or not part.queues:
+            raise ValueError("a TAP whose queues do not match")
+        port = cls(spec)
+        port.name, port._multi_queue, port._enabled = part.name, part.multi_queue, list(part.enabled)
+        port._fds = [take(queue) for queue in part.queues]
+        port._offload, port.carries, port._link_due = part.offload, part.carries, part.link_due
+        port._changes = link.Changes([ip_interface(address) for address in part.given_addresses], part.joined_bridge)
+        return port
+
+    def let_go(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
     def close(self) -> None:
         """Close the descriptors, an inherited one too. A joined TAP loses what we gave it."""
         if self._fds:
             link.undo(self.name, self._changes)
         self._changes = link.Changes()
-        while self._fds:
-            os.close(self._fds.pop())
+        self.let_go()
 
     # ---- making and joining
 
