@@ -80,15 +80,21 @@ def test_frame_that_waits_moves_to_another_lane():
     with pumped(features) as (driver, device):
         driver.fill(1)
         device.send(frame)
-        assert until(device, lambda: device.to_guest.bursts > 0)
+        seen = []
+
+        def waits():
+            device.detach()
+            seen[:] = [device.lane.held]
+            device.attach()
+            return seen[0]
+
+        assert until(device, waits)
+        (held,) = seen
+        assert held[NetHeader.SIZE:] == frame
         with pytest.raises(QueueBusy):
             _ = device.lane.held
         with pytest.raises(QueueBusy):
             device.lane.hold(bytes(100))
-        device.detach()
-        held = device.lane.held
-        assert held[NetHeader.SIZE:] == frame
-        device.attach()
     lane = Lane()
     assert lane.held == b""
     lane.hold(held)
@@ -118,6 +124,20 @@ def test_memory_whose_files_were_not_kept_cannot_be_handed_on():
     refused = pytest.raises(HandoverError, match="were not kept open")
     with ServedDevice() as served, ScriptedGuest(served.connect()), refused:
         served.call(lambda: served.device._connection.export(Parcel().put))
+
+
+def test_guest_that_is_being_migrated_is_not_handed_over():
+    with ServedDevice() as served, ScriptedGuest(served.connect()) as guest:
+        def export():
+            return served.call(lambda: served.device._connection.export(Parcel().put))
+
+        features = guest.features | mask(Feature.PROTOCOL_FEATURES)
+        guest.front_end.set_features(features | mask(Feature.LOG_ALL))
+        with pytest.raises(HandoverError, match="is being migrated; try again when that is over"):
+            export()
+        guest.front_end.set_features(features)
+        with pytest.raises(HandoverError, match="were not kept open"):  # the next reason
+            export()
 
 
 # --------------------------------------------------------------------------------------- vhost_user
