@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vdev.backend import BackendPart
+from vdev.backend_handover import BackendPart
 from vdev.engine import EnginePart, RingPart
 from vdev.listen import ListenerPart
 from vdev.plain import from_plain, to_plain

@@ -515,6 +515,7 @@ def test_successor_with_less_or_other_options_is_refused(line):
         for options, why in [
             (["--socket-path", running.path, "--port", "null:"], "port is loopback: in the vdev that runs, null: here"),
             (["--socket-path", running.path, "--queue-pairs", "2"], "net0: queue-pairs is 1 in"),
+            (["--socket-path", running.path, "--personality", "full"], "net0: personality is"),
             (["--upgrade-path", "/elsewhere"], "--upgrade-path is"),
             (["--device", "socket=a", "--device", "socket=b"], "1 devices run there, 2 are asked for here"),
         ]:

@@ -11,6 +11,7 @@ from ring.errors import QueueBusy
 from ring.guestmem import DEFAULT_POLICY, Owner
 from ring.pump import Lane
 from vdev.backend import Backend
+from vdev.backend_handover import export
 from vdev.connection import Connection
 from vdev.handover import HandoverError, Parcel
 from vdev.net.features import Feature, mask
@@ -65,7 +66,7 @@ def test_every_attribute_of_a_session_is_handed_on():
         connection = served.call(lambda: served.device.open_session(socket.socketpair()[0]))
         parcel = Parcel()
         assert not attributes(connection, connection.export(parcel.put))
-        assert not attributes(connection._backend, connection._backend.export(parcel.put))
+        assert not attributes(connection._backend, export(connection._backend, parcel.put))
         assert not attributes(connection._backend.state, connection._backend.state.export())
         assert not attributes(served.device.engine, served.device.engine.export(parcel.put))
         served.call(connection.close)
@@ -128,16 +129,18 @@ def test_memory_whose_files_were_not_kept_cannot_be_handed_on():
 
 def test_guest_that_is_being_migrated_is_not_handed_over():
     with ServedDevice() as served, ScriptedGuest(served.connect()) as guest:
-        def export():
+        def attempt():
             return served.call(lambda: served.device._connection.export(Parcel().put))
 
         features = guest.features | mask(Feature.PROTOCOL_FEATURES)
         guest.front_end.set_features(features | mask(Feature.LOG_ALL))
+        guest.front_end.get_features()  # what was sent before has been dealt with
         with pytest.raises(HandoverError, match="is being migrated; try again when that is over"):
-            export()
+            attempt()
         guest.front_end.set_features(features)
+        guest.front_end.get_features()
         with pytest.raises(HandoverError, match="were not kept open"):  # the next reason
-            export()
+            attempt()
 
 
 # --------------------------------------------------------------------------------------- vhost_user

@@ -17,24 +17,23 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ring.errors import MemoryGone, RingBroken, SetupError, named
+from ring.errors import MemoryGone, RingBroken, SetupError
 from ring.guestmem import DEFAULT_POLICY, Policy
 from ring.journal import JournalError
 from ring.virtqueue import VirtQueue
 from vdev.device_state import StateError
 from vdev.dirty_log import SessionLog
-from vdev.engine import Engine, EnginePart, EngineStuck, ring_name
-from vdev.handover import HandoverError, Put, Take
+from vdev.engine import Engine, EngineStuck, ring_name
 from vdev.iommu import Iommu
 from vdev.journal import no_journal
 from vdev.logs import EventLog
-from vdev.memory import SessionMemory, SharedRegion
+from vdev.memory import SessionMemory
 from vdev.net.features import Feature, mask, names
 from vdev.ports.base import Port, PortError
 from vdev.reverse import ReverseChannel
-from vdev.session_state import SessionState, SessionStatePart
+from vdev.session_state import SessionState
 from vhost_user.session import Accepted, Result, Session
 from vhost_user.spec import STATE_NOFD, IotlbType, ProtocolFeature, Request
 from vhost_user.state import Notifier, State
@@ -45,20 +44,6 @@ RARP_INTERVAL = 0.02  # seconds between announcements; QEMU sends five, 50 ms an
 
 class _Refuse(Exception):
     """The device says no; the text is for the front-end's operator."""
-
-
-@dataclass(frozen=True)
-class BackendPart:
-    """A session's hands as they are handed on, the engine apart. reverse: the back-end channel's descriptor."""
-
-    memory: tuple[SharedRegion, ...]
-    stopped_at: dict[int, int]
-    told: dict[int, int]
-    answered: tuple[int, ...]
-    state: SessionStatePart
-    reverse: int
-    introduced: bool
-    reported: tuple[int, ...]
 
 
 def _is_eventfd(fd: int) -> bool:
@@ -249,7 +234,7 @@ class Backend:
         running = set(engine.running())
         enabled = [ring.enabled for ring in state.rings]
         marks = {index: self.dirty.marks(state, index) for index in wanted}
-        features, mtu, parked = settings = _settings(state)
+        features, mtu, parked = settings = settings_of(state)
         if (wanted == running and enabled == [ring.enabled for ring in engine.rings]
                 and settings == (engine.features, engine.mtu, engine.watch_kicks)
                 and all(engine.rings[index].marks == wish for index, wish in marks.items())):
@@ -416,43 +401,6 @@ class Backend:
 
     # ------------------------------------------------------------------------- handing on
 
-    def export(self, put: Put) -> BackendPart:
-        """What another process needs to go on with this session, beside the engine's part. Raises HandoverError, also
-        while the guest is being migrated."""
-        if self.dirty.on or self.state.deadline is not None:
-            raise HandoverError("a guest is being migrated; try again when that is over")
-        if self.iommu.on(self.session.state):
-            raise HandoverError("a guest's driver is behind an IOMMU, whose translations are not handed over; restart "
-                                "vdev instead")
-        return BackendPart(self.memory.export(put), dict(self._stopped_at), dict(self._told),
-                           tuple(sorted(self._answered)), self.state.export(), put(self.reverse.fileno()),
-                           self._introduced, tuple(sorted(self._reported)))
-
-    def adopt(self, part: BackendPart, engine: EnginePart, take: Take) -> None:
-        """Be what another process exported, with the engine's rings ready to run when that is started.
-
-        Raises SetupError, HandoverError, ValueError.
-        """
-        self._stopped_at, self._told, self._answered = part.stopped_at, part.told, set(part.answered)
-        if part.reverse >= 0:
-            self.reverse.adopt(take(part.reverse))
-        self._introduced, self._reported = part.introduced, set(part.reported)
-        self.memory.adopt(part.memory, take)
-        self.state.adopt(part.state)
-        state = self.session.state
-        for index, (ring, given) in enumerate(zip(self.engine.rings, engine.rings, strict=True)):
-            ring.enabled = state.rings[index].enabled
-            if given.base is not None:
-                ring.queue = self._adopted_queue(state, index, given.base)
-                if given.broken is not None:
-                    ring.queue.fail(named(given.broken))
-        self.engine.features, self.engine.mtu, self.engine.watch_kicks = _settings(state)
-
-    def _adopted_queue(self, state: State, index: int, base: int) -> VirtQueue:
-        if self.memory.table is None or state.rings[index].addr is None:
-            raise HandoverError(f"{ring_name(index)} has lost its memory; reset the guest's driver first")
-        return self._queue(state, index, base)
-
     def let_go(self) -> None:
         """Another process goes on with the session: give up what it consists of, and tell nobody."""
         fds = self._ring_fds()
@@ -493,7 +441,7 @@ class Backend:
             os.close(fd)
 
 
-def _settings(state: State) -> tuple[int, int, bool]:
+def settings_of(state: State) -> tuple[int, int, bool]:
     """What the engine is told of ``state`` beside the rings: features, MTU, whether to report kicks."""
     mtu = state.mtu if state.mtu and state.features & mask(Feature.MTU) else 0
     parked = any(state.resumable(index) for index in range(len(state.rings)))

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 
 from ring.errors import MemoryGone
 from ring.pump import LaneEvent
-from vdev.backend import Backend, BackendPart
+from vdev import backend_handover
+from vdev.backend import Backend
+from vdev.backend_handover import BackendPart
 from vdev.dirty_log import GONE
 from vdev.engine import EnginePart, EngineStuck
 from vdev.handover import Put, Take
@@ -174,7 +176,7 @@ class Connection:
         # A log that is not written to is left behind: the next migration begins with one of its own.
         state = replace(self._session.state, log=None)
         return ConnectionPart(begun, self._transport.deadline, self._offer is None, self._session.offer, state,
-                              self._resume_at, self._port_retry_at, self._backend.export(put))
+                              self._resume_at, self._port_retry_at, backend_handover.export(self._backend, put))
 
     def adopt(self, part: ConnectionPart, engine: EnginePart, take: Take) -> None:
         """Be what another process exported; socket and state are those of the constructor. Raises SetupError,
@@ -183,7 +185,7 @@ class Connection:
         if part.opened:
             self._offer = None
         self._resume_at, self._port_retry_at = part.resume_at, part.port_retry_at
-        self._backend.adopt(part.backend, engine, take)
+        backend_handover.adopt(self._backend, part.backend, engine, take)
 
     def let_go(self) -> None:
         """Another process goes on with the session: give up what it consists of, and tell nobody."""

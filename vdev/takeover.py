@@ -178,7 +178,7 @@ class Takeover:
 
 
 def _compare(ours: ConfigPart, theirs: ConfigPart) -> None:
-    for field in ("name", "socket", "client", "port", "queue_pairs", "features"):
+    for field in ("name", "socket", "client", "port", "queue_pairs", "features", "personality"):
         mine, running = getattr(ours, field), getattr(theirs, field)
         if mine != running and not (mine is None and field in ("port", "queue_pairs")):
             raise HandoverError(f"{theirs.name}: {field.replace('_', '-')} is {running} in the vdev that runs, {mine} "
@@ -188,7 +188,7 @@ def _compare(ours: ConfigPart, theirs: ConfigPart) -> None:
 def _config(part: ConfigPart) -> DeviceConfig:
     """The configuration that ``part`` was made from. Raises ValueError."""
     return DeviceConfig(part.name, part.socket, part.fd, part.client, port=part.port and parse_port(part.port),
-                        queue_pairs=part.queue_pairs, features=part.features)
+                        queue_pairs=part.queue_pairs, features=part.features, personality=part.personality)
 
 
 def milliseconds_since(paused_at: float) -> float:

@@ -58,12 +58,13 @@ class ConfigPart:
     port: str | None
     queue_pairs: int | None
     features: FeatureEdit
+    personality: str
 
     @classmethod
     def of(cls, config: DeviceConfig) -> "ConfigPart":
         """The part of ``config``, in which the number of queue pairs is settled."""
         return cls(config.name, config.socket_path, config.fd, config.client, config.port and str(config.port),
-                   config.queue_pairs, config.features)
+                   config.queue_pairs, config.features, config.personality)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,66 @@
+"""What a session's hands (vdev/backend.py) hand on when another process goes on with the session, the engine apart."""
+
+from dataclasses import dataclass
+
+from ring.errors import named
+from ring.virtqueue import VirtQueue
+from vdev.backend import Backend, settings_of
+from vdev.engine import EnginePart, ring_name
+from vdev.handover import HandoverError, Put, Take
+from vdev.memory import SharedRegion
+from vdev.session_state import SessionStatePart
+from vhost_user.state import State
+
+
+@dataclass(frozen=True)
+class BackendPart:
+    """A session's hands as they are handed on, the engine apart. reverse: the back-end channel's descriptor."""
+
+    memory: tuple[SharedRegion, ...]
+    stopped_at: dict[int, int]
+    told: dict[int, int]
+    answered: tuple[int, ...]
+    state: SessionStatePart
+    reverse: int
+    introduced: bool
+    reported: tuple[int, ...]
+
+
+def export(backend: Backend, put: Put) -> BackendPart:
+    """What another process needs to go on with this session, beside the engine's part. Raises HandoverError, also
+    while the guest is being migrated."""
+    if backend.dirty.on or backend.state.deadline is not None:
+        raise HandoverError("a guest is being migrated; try again when that is over")
+    if backend.iommu.on(backend.session.state):
+        raise HandoverError("a guest's driver is behind an IOMMU, whose translations are not handed over; restart "
+                            "vdev instead")
+    return BackendPart(backend.memory.export(put), dict(backend._stopped_at), dict(backend._told),
+                       tuple(sorted(backend._answered)), backend.state.export(), put(backend.reverse.fileno()),
+                       backend._introduced, tuple(sorted(backend._reported)))
+
+
+def adopt(backend: Backend, part: BackendPart, engine: EnginePart, take: Take) -> None:
+    """Be what another process exported, with the engine's rings ready to run when that is started.
+
+    Raises SetupError, HandoverError, ValueError.
+    """
+    backend._stopped_at, backend._told, backend._answered = part.stopped_at, part.told, set(part.answered)
+    if part.reverse >= 0:
+        backend.reverse.adopt(take(part.reverse))
+    backend._introduced, backend._reported = part.introduced, set(part.reported)
+    backend.memory.adopt(part.memory, take)
+    backend.state.adopt(part.state)
+    state = backend.session.state
+    for index, (ring, given) in enumerate(zip(backend.engine.rings, engine.rings, strict=True)):
+        ring.enabled = state.rings[index].enabled
+        if given.base is not None:
+            ring.queue = _queue(backend, state, index, given.base)
+            if given.broken is not None:
+                ring.queue.fail(named(given.broken))
+    backend.engine.features, backend.engine.mtu, backend.engine.watch_kicks = settings_of(state)
+
+
+def _queue(backend: Backend, state: State, index: int, base: int) -> VirtQueue:
+    if backend.memory.table is None or state.rings[index].addr is None:
+        raise HandoverError(f"{ring_name(index)} has lost its memory; reset the guest's driver first")
+    return backend._queue(state, index, base)
