@@ -47,7 +47,7 @@ class SessionLog:
     @property
     def on(self) -> bool:
         """The front-end wants writes to be logged."""
-        return self._on
+        return self._told != "log-off"
 
     def marks(self, state: State, index: int) -> Marks | None:
         """What ring ``index`` marks in ``state``, in which it may run."""
