@@ -59,7 +59,7 @@ ANSWERED = {
     Request.GET_FEATURES, Request.GET_PROTOCOL_FEATURES, Request.GET_VRING_BASE, Request.GET_QUEUE_NUM,
     Request.GET_MAX_MEM_SLOTS, Request.GET_STATUS, Request.SET_LOG_BASE, Request.GET_CONFIG,
     Request.GET_INFLIGHT_FD, Request.POSTCOPY_ADVISE, Request.POSTCOPY_END, Request.SET_DEVICE_STATE_FD,
-    Request.CHECK_DEVICE_STATE,
+    Request.CHECK_DEVICE_STATE, Request.IOTLB_MSG,
 }
 
 
@@ -245,11 +245,14 @@ class Run:
         """0: nothing was said. 1: negotiated. 2: memory is shared too. 3: both rings run too. From 4 on the same with
         packed rings."""
         packed, stage = divmod(stage, 4)
-        offer = self._device.offer
         if stage >= 1:
-            self._say(Request.SET_PROTOCOL_FEATURES, wire.U64_LAYOUT.encode(wire.U64(offer.protocol_features)))
-            # LOG_ALL without a log would have no ring run.
-            features = offer.features & ~mask(VirtioBit.LOG_ALL, *([] if packed else [VirtioBit.RING_PACKED]))
+            self._say(Request.SET_OWNER, b"")
+            offer = self._session.offer
+            # Without what would have rings wait for a log or for translations, or lie elsewhere.
+            protocol = offer.protocol_features & ~mask(ProtocolFeature.GPA_ADDRESSES)
+            features = offer.features & ~mask(VirtioBit.LOG_ALL, VirtioBit.ACCESS_PLATFORM,
+                                              *([] if packed else [VirtioBit.RING_PACKED]))
+            self._say(Request.SET_PROTOCOL_FEATURES, wire.U64_LAYOUT.encode(wire.U64(protocol)))
             self._say(Request.SET_FEATURES, wire.U64_LAYOUT.encode(wire.U64(features)))
             self._say(Request.SET_STATUS, wire.U64_LAYOUT.encode(wire.U64(0xF)))
         if stage >= 2:
