@@ -17,7 +17,7 @@ from vhost_user.codec import encode
 from vhost_user.frontend import FrontEnd
 from vhost_user.spec import ProtocolFeature, Request
 from vhost_user.spec import mask as protocol_mask
-from vhost_user.wire import SINGLE_REGION, U64, U64_LAYOUT, VRING_STATE, Region, VringState
+from vhost_user.wire import IOTLB, SINGLE_REGION, U64, U64_LAYOUT, VRING_STATE, Region, VringState
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -25,7 +25,7 @@ MAC = bytes.fromhex("525400123456")
 REPLY_ACK = protocol_mask(ProtocolFeature.REPLY_ACK)
 # Of features that are not offered, with a payload of the right length.
 POSTCOPY = {Request.POSTCOPY_ADVISE: 0, Request.POSTCOPY_LISTEN: 0, Request.POSTCOPY_END: 0}
-OTHERS = {Request.IOTLB_MSG: 32, Request.SET_VRING_ENDIAN: 8}
+OTHERS = {Request.SET_VRING_ENDIAN: 8}
 
 
 def u64(value: int) -> bytes:
@@ -120,6 +120,18 @@ def test_P61_request_of_what_is_not_offered(daemon, kind, size) -> None:
     with Traced() as traced:
         daemon.refuses(kind, bytes(size), [traced.fd], protocol_features=REPLY_ACK)
         assert traced.closed()
+
+
+def test_P61_translations_for_a_driver_without_an_iommu(daemon) -> None:
+    """IOTLB_MSG always has an answer, asked for or not: that it was refused."""
+    with daemon.agreed() as front_end, Traced() as traced:
+        for need_reply in (False, True):
+            for fds in ((), (traced.fd,)):
+                reply = front_end.request(Request.IOTLB_MSG, bytes(IOTLB.size), fds, answered=True,
+                                          need_reply=need_reply)
+                assert U64_LAYOUT.decode(reply.payload).value == 1
+        assert traced.closed()
+        assert front_end.get_features()
 
 
 def test_P98_channel_for_our_requests_comes_again(daemon) -> None:
