@@ -7,6 +7,7 @@ each session no descriptor is open and no memory mapped that was not before, and
 
 import contextlib
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +70,12 @@ def _memfd(size: int) -> int:
     return fd
 
 
+def _one_end() -> int:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    return theirs.detach()
+
+
 def _disk_file() -> int:
     with tempfile.TemporaryFile() as file:
         file.truncate(100 * SIZE)
@@ -78,6 +85,7 @@ def _disk_file() -> int:
 # Name of a kind of descriptor -> how it is made, and what it is to the model.
 FILES: dict[str, tuple[Callable[[], int], File]] = {
     "eventfd": (lambda: os.eventfd(0), File(eventfd=True)),
+    "channel": (_one_end, File(channel=True)),
     "memory": (lambda: _memfd(8 * SIZE), File(usable=True, bytes=8 * SIZE)),
     "short": (lambda: _memfd(SIZE // 2), File(usable=True, bytes=SIZE // 2)),
     "disk": (_disk_file, File(bytes=100 * SIZE)),
@@ -118,13 +126,15 @@ class FrontEndMachine(RuleBasedStateMachine):
         packed, rings, far = self.beginning
         self.files = open_files()
         self.front = FrontEnd(self.served.connect(), timeout=30)
-        offer = self.served.device.offer
+        offer = self.served.device.offer(Request.GET_FEATURES)
         self.model = Model(offer.features, offer.protocol_features, offer.queue_num, offer.max_mem_slots,
                            [Ring() for _ in range(offer.rings)])
         self.known = offer.protocol_features & mask(*KNOWN)
+        self.say(Request.GET_FEATURES, b"")  # the first message decides what is offered
         if far:
             self.number(Request.SET_PROTOCOL_FEATURES, self.known)
-            without = mask(Feature.LOG_ALL) if packed else mask(Feature.LOG_ALL, Feature.RING_PACKED)
+            # Without what would have rings wait for a log or for translations.
+            without = mask(Feature.LOG_ALL, Feature.ACCESS_PLATFORM, *([] if packed else [Feature.RING_PACKED]))
             self.number(Request.SET_FEATURES, self.model.features & ~without)
             self.say(Request.ADD_MEM_REG, wire.SINGLE_REGION.encode(REGIONS[0]), REGIONS[0], files=("memory",))
             self.number(Request.SET_STATUS, 0xF)
@@ -258,7 +268,7 @@ class FrontEndMachine(RuleBasedStateMachine):
     def send_rarp(self, ack, fault):
         self.number(Request.SEND_RARP, 0x563412005452, ack=ack, fault=fault)
 
-    @rule(files=often(("eventfd",), ()), ack=acks, fault=faults)
+    @rule(files=often(("channel",), (), ("eventfd",)), ack=acks, fault=faults)
     def set_backend_req_fd(self, files, ack, fault):
         self.say(Request.SET_BACKEND_REQ_FD, b"", files=files, ack=ack, fault=fault)
 
@@ -356,7 +366,7 @@ def test_any_front_end_gets_what_the_model_says(machine: type[FrontEndMachine]) 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_any_front_end_gets_what_the_model_says_for_long(machine: type[FrontEndMachine]) -> None:
-    explore(machine, 1000, 80)
+    explore(machine, 300, 60)
 
 
 def row(kind: Request, **changes: object) -> Callable[[pytest.MonkeyPatch], None]:

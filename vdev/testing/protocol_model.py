@@ -34,9 +34,11 @@ class Ring:
 
 @dataclass(frozen=True)
 class File:
-    """What a descriptor stands for. bytes: how long the file is; usable: it is one that guest memory may lie in."""
+    """What a descriptor stands for. channel: back-end requests can be sent over it. bytes: how long the file is;
+    usable: it is one that guest memory may lie in."""
 
     eventfd: bool = False
+    channel: bool = False
     usable: bool = False
     bytes: int = 0
 
@@ -177,7 +179,7 @@ class Model:
         self._change(before)
 
     def set_backend_req_fd(self, files: tuple[File, ...]) -> None:
-        self._require(self.has(ProtocolFeature.BACKEND_REQ) and len(files) == 1)
+        self._require(self.has(ProtocolFeature.BACKEND_REQ) and len(files) == 1 and files[0].channel)
 
     def net_set_mtu(self, value: int, files: tuple[File, ...]) -> None:
         self._no_files(files)
