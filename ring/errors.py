@@ -84,7 +84,7 @@ _TABLE = {
     "RING_E_RING_UNMAPPED": (SetupError, "a part of the ring is not inside one shared memory region; is all of the "
                                          "guest's memory shared (share=on)?"),
     "RING_E_REGION": (SetupError, "memory regions are empty, overflow or overlap"),
-    "RING_E_NOMEM": (SetupError, "out of memory or address space"),
+    "RING_E_NOMEM": (SetupError, "out of memory, address space or descriptors"),
     "RING_E_BUSY": (QueueBusy, "the queue is lent to a pump"),
     "RING_E_GUARD": (SetupError, "the SIGBUS guard does not work here; another handler replaced it"),
 }

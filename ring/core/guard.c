@@ -19,7 +19,8 @@
  * itself is never guest memory.
  *
  * pytest and others install a handler of their own (faulthandler) now and then; guard_install puts ours
- * back, and proves it on a private file.
+ * back, and proves it on a private file. It does so once each time it put it there: a process that has no
+ * descriptor left must still be able to set up rings.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -48,6 +49,7 @@ _Thread_local struct guard guard_of_thread;
 static struct chunk first_chunk;
 static pthread_mutex_t table_lock = PTHREAD_MUTEX_INITIALIZER; /* writers only */
 static struct sigaction previous;
+static bool proven; /* that our handler works, since it was put there */
 
 static struct range *find(const uint8_t *address)
 {
@@ -122,7 +124,7 @@ static int self_test(void)
     int fd = memfd_create("vdev-guard-self-test", MFD_CLOEXEC);
 
     if (fd < 0)
-        return RING_E_GUARD;
+        return RING_E_NOMEM;
     if (ftruncate(fd, 4096) == 0)
         page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (page != MAP_FAILED) {
@@ -151,8 +153,15 @@ int guard_install(void)
         sigemptyset(&ours.sa_mask);
         if (sigaction(SIGBUS, &ours, NULL) < 0)
             return RING_E_GUARD;
+        __atomic_store_n(&proven, false, __ATOMIC_RELAXED);
     }
-    return guard_thread() == RING_OK ? self_test() : RING_E_GUARD;
+    if (guard_thread() != RING_OK)
+        return RING_E_GUARD;
+    if (__atomic_load_n(&proven, __ATOMIC_RELAXED))
+        return RING_OK;
+    int result = self_test();
+    __atomic_store_n(&proven, result == RING_OK, __ATOMIC_RELAXED);
+    return result;
 }
 
 int guard_thread(void)

@@ -145,8 +145,9 @@ int iotlb_run(const struct iotlb *t, const struct guestmem *mem, uint64_t iova, 
 
 /* ------------------------------------------------------------------------------- SIGBUS guard */
 
-/* Install the handler (again, if something replaced it) and prove it: a private file is truncated under
- * a mapping and touched. -> RING_OK or RING_E_GUARD. Threads that run rings call it implicitly. */
+/* Install the handler (again, if something replaced it) and, when it is new, prove it: a private file is
+ * truncated under a mapping and touched. -> RING_OK, RING_E_GUARD, or RING_E_NOMEM where there can be no such
+ * file. Threads that run rings call it implicitly. */
 int guard_install(void);
 
 /* ----------------------------------------------------------------------------------- virtqueue */

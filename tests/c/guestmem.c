@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -212,6 +213,27 @@ TEST(threads_fault_at_the_same_time)
         CHECK(victims[i].gone);
         victim_free(&victims[i]);
     }
+}
+
+TEST(F13_guard_that_was_proven_needs_no_descriptor)
+{
+    struct rlimit before, none;
+    struct victim victim;
+
+    CHECK_EQ(guard_install(), RING_OK);
+    victim_new(&victim);
+    CHECK(getrlimit(RLIMIT_NOFILE, &before) == 0);
+    none = (struct rlimit){.rlim_cur = 0, .rlim_max = before.rlim_max};
+    CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0);
+    CHECK_EQ(guard_install(), RING_OK);
+    signal(SIGBUS, SIG_DFL);
+    CHECK_EQ(guard_install(), RING_E_NOMEM); /* a new one cannot be proven, and is not blamed */
+    CHECK(setrlimit(RLIMIT_NOFILE, &before) == 0);
+    CHECK_EQ(guard_install(), RING_OK);
+    CHECK(ftruncate(victim.fd, 0) == 0);
+    fault(&victim);
+    CHECK(victim.gone);
+    victim_free(&victim);
 }
 
 /* What a child that runs `crash` dies of. Without the sanitizer's own handlers, so that the signal shows. */
