@@ -21,6 +21,7 @@ SPECIFIED = [row for name in ("split", "packed", "features") for row in read(TAB
 HOSTILE = read(TABLES / "hostile.tsv")
 # What a front-end sends and what the network side does; these are tested over a socket.
 OUTSIDE = [row for name in ("messages", "network") for row in read(TABLES / f"{name}.tsv")]
+FAULTS = read(TABLES / "faults.tsv")
 FAMILY = re.compile(r"[A-Z]+")
 SOCKET = re.compile(r"tests/test_(rows|vdev)_")  # where tests have a whole device behind a socket
 # About what is offered and what is refused before there is a ring to serve.
@@ -54,20 +55,20 @@ def test_ids_in_names(name, ids) -> None:
 
 
 def test_tables_are_sound() -> None:
-    rows = [*SPECIFIED, *HOSTILE, *OUTSIDE]
+    rows = [*SPECIFIED, *HOSTILE, *OUTSIDE, *FAULTS]
     ids = [row.id for row in rows]
     assert len(set(ids)) == len(ids)
     for row in SPECIFIED:
         assert re.fullmatch(r"[26]\.?[\d.]*( \(virtio 1\.3\))?", row.section), row
         assert row.level in ("MUST", "MUST NOT", "SHOULD", "SHOULD NOT", "MAY"), row
-    for row in [*HOSTILE, *OUTSIDE]:
+    for row in [*HOSTILE, *OUTSIDE, *FAULTS]:
         assert row.level in ("STOP", "DROP", "SERVE", "BOUND", "ORDER", "CLOSE", "REFUSE"), row
     for row in rows:
         assert row.left_out == "" or re.match(r"not (offered|tested): ", row.left_out), row
 
 
 def test_every_row_is_tested_or_says_why_not(about) -> None:
-    assert [row.id for row in [*SPECIFIED, *OUTSIDE] if row.tested != any(of(row, about))] == []
+    assert [row.id for row in [*SPECIFIED, *OUTSIDE, *FAULTS] if row.tested != any(of(row, about))] == []
 
 
 def test_every_row_of_what_comes_from_outside_is_tested_over_a_socket(about) -> None:
@@ -76,7 +77,7 @@ def test_every_row_of_what_comes_from_outside_is_tested_over_a_socket(about) -> 
 
 def test_note_names_what_is_left_out() -> None:
     note = (ROOT / "docs/conformance.md").read_text()
-    left_out = {row.id for row in [*SPECIFIED, *HOSTILE, *OUTSIDE] if row.left_out}
+    left_out = {row.id for row in [*SPECIFIED, *HOSTILE, *OUTSIDE, *FAULTS] if row.left_out}
     assert left_out <= set(re.findall(r"[A-Z-]+-\d\d|[A-Z]\d{2,3}", note.partition("## Left out")[2]))
 
 

@@ -326,7 +326,7 @@ def test_R34_R58_nonsense_in_the_used_index_of_a_split_ring(daemon, used) -> Non
 
 @pytest.mark.parametrize("event", [0, 1, 0x7FFF, 0x8000, 0xFFFF])
 @every_ring
-def test_R35_any_value_in_the_fields_that_suppress_notifications(daemon, ring, event) -> None:
+def test_F22_R35_any_value_in_the_fields_that_suppress_notifications(daemon, ring, event) -> None:
     with attached(daemon, MERGEABLE | ring) as guest:
         for queue in (guest.driver.transmitq, guest.driver.receiveq):
             area = queue.ring.areas[1]  # of a packed ring its event suppression; of a split ring flags, and the event

@@ -98,7 +98,7 @@ def test_P47_file_shorter_than_the_region(daemon) -> None:
             refuses_region(daemon, region, fd)
 
 
-def test_P48_file_truncated_later(daemon) -> None:
+def test_F25_P48_file_truncated_later(daemon) -> None:
     with ScriptedGuest.connect(daemon.bystander) as bystander:
         guest = ScriptedGuest.connect(daemon.path)
         guest.front_end.timeout = WAIT

@@ -250,7 +250,7 @@ def test_N04_N08_segments_that_do_not_fit_their_frame(tmp_path) -> None:
 
 
 @isolated
-def test_N15_link_down_and_up(tmp_path) -> None:
+def test_F15_N15_link_down_and_up(tmp_path) -> None:
     with _OnTap(tmp_path, BASE) as tap:
         assert tap.passes()
         ip("link", "set", "v0", "down")
@@ -265,7 +265,7 @@ def test_N15_link_down_and_up(tmp_path) -> None:
 
 
 @isolated
-def test_N18_interface_is_deleted(tmp_path) -> None:
+def test_F14_N18_interface_is_deleted(tmp_path) -> None:
     with _OnTap(tmp_path, BASE) as tap:
         assert tap.passes()
         ip("link", "del", "v0")

@@ -281,7 +281,7 @@ def test_P89_too_small_a_log_is_not_overrun_and_complained_of(served, guest) -> 
 
 
 @RINGS
-def test_log_that_vanishes_ends_the_session_with_a_line(served, ring) -> None:
+def test_F27_log_that_vanishes_ends_the_session_with_a_line(served, ring) -> None:
     before = resources()
     with ScriptedGuest(served.connect(), features=RING | ring) as guest, a_log(guest) as log:
         guest.qemu.log(log.fd, log.size)

@@ -31,7 +31,7 @@ def _back(guest: LinuxGuest, lan: Namespace) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_network_is_back_after_two_reboots(lan, start_daemon, start_guest, socket_folder: Path, packed) -> None:
+def test_F17_network_is_back_after_two_reboots(lan, start_daemon, start_guest, socket_folder: Path, packed) -> None:
     socket_path = socket_folder / "reboot"
     daemon = start_daemon(_on_tap(socket_path, "vdev-reboot"), namespace=lan)
     guest = start_guest(socket_path, queue_pairs=2, cpus=2, packed=packed)
@@ -56,7 +56,7 @@ def test_network_is_back_after_two_reboots(lan, start_daemon, start_guest, socke
     assert end["from_guest"]["frames"] > 500 < end["to_guest"]["frames"]
 
 
-def test_another_front_end_follows_a_killed_one(lan, start_daemon, start_guest, socket_folder: Path) -> None:
+def test_F02_another_front_end_follows_a_killed_one(lan, start_daemon, start_guest, socket_folder: Path) -> None:
     socket_path = socket_folder / "kill"
     daemon = start_daemon(_on_tap(socket_path, "vdev-kill"), namespace=lan)
     for _ in range(2):
