@@ -139,7 +139,8 @@ def test_R26_R28_R29_R31_split_ring_rewritten_at_full_speed():
     # one that names itself as the next is another when it is read again
     ends = {(1, 0), (2, 512), (0, 0xFFFF)}
     legal = {(times + readable, writable) for times in range(8) for readable, writable in ends} | {
-        "RING_E_UNMAPPED", "RING_E_ORDER", "RING_E_LOOP", "RING_E_INDIRECT_LENGTH", "RING_E_INDIRECT_NESTED", "RING_E_INDIRECT_NEXT", "RING_E_NEXT_RANGE"}
+        "RING_E_UNMAPPED", "RING_E_ORDER", "RING_E_LOOP", "RING_E_INDIRECT_LENGTH",
+        "RING_E_INDIRECT_NESTED", "RING_E_INDIRECT_NEXT", "RING_E_NEXT_RANGE"}
     assert len(seen) > 2 and seen <= legal
 
 
