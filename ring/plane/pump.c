@@ -29,6 +29,7 @@
 
 #define LANES_MAX 512
 #define EVENTS_MAX 64
+#define SLICES 10   /* of the time a worker is given for a command */
 #define POLL_MS 1 /* a queue without a kick descriptor is looked at this often */
 
 enum verb { NOTHING, ATTACH, DETACH, STOP_THREAD };
@@ -280,13 +281,10 @@ static void *worker(void *argument)
     }
 }
 
-/* -> the command's status; RING_E_BUSY when the worker did not take it in time (it will later) or still
- * has an earlier one. */
-static int command(struct pump *p, enum verb verb, struct lane *l, int timeout_ms)
+/* timeout_ms from now. */
+static struct timespec after(int timeout_ms)
 {
     struct timespec until;
-    uint64_t one = 1;
-    int status = RING_E_BUSY;
 
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += timeout_ms / 1000;
@@ -295,15 +293,31 @@ static int command(struct pump *p, enum verb verb, struct lane *l, int timeout_m
         until.tv_sec++;
         until.tv_nsec -= 1000000000L;
     }
+    return until;
+}
+
+/* -> the command's status; RING_E_BUSY when the worker did not take it in time (it will later) or still
+ * has an earlier one.
+ *
+ * The time comes in slices. A process that was not let run for a while (SIGSTOP, cpu.max) finds it over when it
+ * goes on, though its worker had nothing of it: that costs one slice, not all of them. */
+static int command(struct pump *p, enum verb verb, struct lane *l, int timeout_ms)
+{
+    uint64_t one = 1;
+    int status = RING_E_BUSY;
+
     pthread_mutex_lock(&p->lock);
     if (p->verb == NOTHING) {
         p->verb = verb;
         p->subject = l;
         ssize_t r = write(p->wake, &one, sizeof(one));
         (void)r;
-        int late = 0;
-        while (p->verb != NOTHING && late != ETIMEDOUT)
-            late = pthread_cond_timedwait(&p->answered, &p->lock, &until);
+        for (int slice = 0; slice < SLICES && p->verb != NOTHING; slice++) {
+            struct timespec until = after((timeout_ms + SLICES - 1) / SLICES);
+            int late = 0;
+            while (p->verb != NOTHING && late != ETIMEDOUT)
+                late = pthread_cond_timedwait(&p->answered, &p->lock, &until);
+        }
         if (p->verb == NOTHING)
             status = p->status;
     }
