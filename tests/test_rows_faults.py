@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +18,9 @@ import pytest
 from ring.driver import Buffer, GuestMemory
 from ring.driver_memory import DEFAULT_GPA, Extent
 from vdev.net.features import Feature, mask
+from vdev.testing.faults import flooding, goes_on, goes_round, limited, processor_seconds
 from vdev.testing.kept import FRAME, WAIT, Traced, arrives, holding, refused
 from vdev.testing.netdriver import NetHeader
-from vdev.testing.process import Child
 from vdev.testing.scripted import ScriptedGuest, shared_regions
 from vhost_user.codec import encode
 from vhost_user.frontend import FrontEnd, SharedRegion
@@ -33,41 +32,6 @@ pytestmark = pytest.mark.timeout(120)
 PAGE = 4096
 UVA = 0x7F00_0000_0000
 SPARSE = 1 << 30  # bytes of a region that takes address space and nothing else
-
-# A guest that sends frames to itself for ever, and writes a dot for each that came back whole.
-FLOODING = """
-import sys
-from vdev.testing.kept import FRAME
-from vdev.testing.scripted import ScriptedGuest
-with ScriptedGuest.connect(sys.argv[1], size=64) as guest:
-    while guest.exchange(FRAME, 60) == FRAME and guest.driver.reclaim_all(60):
-        print(".", end="", flush=True)
-print("lost")
-"""
-
-
-@contextlib.contextmanager
-def flooding(path: str) -> Iterator[Child]:
-    """Such a guest, in a process of its own, once it is at work."""
-    with Child([sys.executable, "-c", FLOODING, path]) as child:
-        goes_on(child)
-        yield child
-
-
-def goes_round(guest: ScriptedGuest) -> bool:
-    """Does a frame that ``guest`` sends come back, and its buffer?"""
-    return guest.exchange(FRAME, WAIT) == FRAME and guest.driver.reclaim_all(WAIT)
-
-
-def goes_on(child: Child, frames: int = 20) -> None:
-    """Wait until the guest in ``child`` has had ``frames`` more. Raises AssertionError where they do not come."""
-    wanted = len(child.log()) + frames
-    deadline = time.monotonic() + 3 * WAIT
-    while len(child.log()) < wanted:
-        assert child.running() and time.monotonic() < deadline, child.log()
-        time.sleep(0.01)
-    assert "lost" not in child.log()
-
 
 @contextlib.contextmanager
 def memory_file(size: int = PAGE) -> Iterator[int]:
@@ -84,12 +48,6 @@ def next_one_is_served(path: str) -> None:
     """A front-end that connects now gets its answer."""
     with FrontEnd.connect(path, timeout=WAIT) as front_end:
         assert front_end.get_features()
-
-
-def processor_seconds(pid: int) -> float:
-    """Processor time that process ``pid`` has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # --------------------------------------------------------------------------------------------- the front-end
@@ -175,17 +133,6 @@ def test_F46_base_is_answered_at_once_under_full_load(daemon) -> None:
 
 
 # ------------------------------------------------------------------------------------------- the host is out of
-
-
-@contextlib.contextmanager
-def limited(pid: int, limit: int, value: int) -> Iterator[None]:
-    """Process ``pid`` may have no more than ``value`` of ``limit`` (a RLIMIT_* number) for a while."""
-    soft, hard = resource.prlimit(pid, limit)
-    resource.prlimit(pid, limit, (value, hard))
-    try:
-        yield
-    finally:
-        resource.prlimit(pid, limit, (soft, hard))
 
 
 def free_descriptors(pid: int, count: int) -> int:

@@ -18,6 +18,7 @@ import pytest
 from vdev.net.features import Feature, mask
 from vdev.ports.base import Ends
 from vdev.testing.daemon import Daemon
+from vdev.testing.faults import processor_seconds
 from vdev.testing.headers import BASE, FRAME, FROM_GUEST, MAX_FRAME, MERGEABLE, OFFLOADS, REFUSED, TO_GUEST
 from vdev.testing.isolated import isolated
 from vdev.testing.kept import WAIT, arrives, assert_returned, holding
@@ -186,13 +187,13 @@ def test_N17_port_that_takes_half_a_frame() -> None:
 class _OnTap:
     """A daemon on TAP v0 in the namespace of this process, its guest, and what the host sees of v0."""
 
-    def __init__(self, folder, features: int) -> None:
+    def __init__(self, folder, features: int, **options: object) -> None:
         with contextlib.ExitStack() as stack:
             path = str(folder / "device.sock")
             self.daemon = stack.enter_context(Daemon(["--socket-path", path, "--port", "tap:v0"]))
             with ScriptedGuest.connect(path, size=8):
                 pass
-            self.guest = stack.enter_context(ScriptedGuest.connect(path, features=features))
+            self.guest = stack.enter_context(ScriptedGuest.connect(path, features=features, **options))
             self.watch()
             self._stack = stack.pop_all()
 
@@ -278,6 +279,41 @@ def test_F14_N18_interface_is_deleted(tmp_path) -> None:
         tap.watch()
         assert tap.passes()
         assert len(tap.daemon.events("port-gone")) == 1
+
+
+@isolated
+def test_F16_mtu_and_carrier_change(tmp_path) -> None:
+    with _OnTap(tmp_path, BASE) as tap:
+        for words in (("mtu", "9000"), ("mtu", "68"), ("mtu", "1500"), ("carrier", "off"), ("carrier", "on")):
+            ip("link", "set", "v0", *words)
+            if words[-1] == "off":
+                tap.guest.driver.transmit(GOOD)
+                assert tap.guest.driver.reclaim_all(WAIT)
+            else:
+                assert tap.passes()
+
+
+@isolated
+@pytest.mark.parametrize("seconds", [2, pytest.param(120, marks=[pytest.mark.long, pytest.mark.timeout(300)])])
+def test_F21_flood_while_there_are_no_buffers(tmp_path, seconds) -> None:
+    with _OnTap(tmp_path, MERGEABLE, buffers=0) as tap:
+        pid = tap.daemon.child.pid
+        frame = bytes(12) + bytes.fromhex("525400123456 020000000001 88b5") + bytes(50)
+        for _ in range(2000):  # the queue of the interface is full, what else is to come came
+            tap.host.send(frame[2:])
+        before, used = holding(pid), processor_seconds(pid)
+        count, deadline = 0, time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for _ in range(20):
+                tap.host.send(frame[2:])
+            count += 20
+            time.sleep(0.001)
+        assert count > 1000 and processor_seconds(pid) - used < 0.1 * seconds
+        assert holding(pid).memory - before.memory < 1 << 20
+        tap.guest.driver.fill()
+        for _ in range(100):
+            assert arrives(tap.guest.driver) is not None
+        assert tap.passes()
 
 
 @isolated

@@ -48,19 +48,25 @@ class ScriptedGuest:
         self.memory = memory or GuestMemory()
         self.drivers = [NetDriver(self.memory, size=size, features=features, base=base) for _ in range(queue_pairs)]
         self.front_end = FrontEnd(sock)
+        try:
+            self._start(features, buffers, version)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, features: int, buffers: int | None, version: QemuVersion) -> None:
         queues = [queue for driver in self.drivers for queue in (driver.receiveq, driver.transmitq)]
         self.qemu = Qemu(self.front_end, [ring_setup(queue) for queue in queues], version)
         self.qemu.connect()
         missing = features & _RING_FEATURES & ~self.qemu.offered
         if missing:
-            self.close()
             raise ValueError(f"the back-end does not offer {', '.join(names(missing))}")
-        self.qemu.reset(queue_pairs)
+        self.qemu.reset(len(self.drivers))
         gpa_addresses = self.front_end.has(ProtocolFeature.GPA_ADDRESSES)
         iommu = bool(features & self.qemu.offered & mask(Feature.ACCESS_PLATFORM))
         self.qemu.rings = [ring_setup(queue, gpa_addresses or iommu) for queue in queues]
         self.features = features & self.qemu.offered
-        self.qemu.start(self.regions(gpa_addresses), self.features, enabled_pairs=queue_pairs)
+        self.qemu.start(self.regions(gpa_addresses), self.features, enabled_pairs=len(self.drivers))
         for driver in self.drivers:
             driver.fill(buffers)
 
