@@ -20,6 +20,18 @@ from ring.errors import SetupError, error
 TMPFS_MAGIC = 0x01021994  # memfd included
 HUGETLBFS_MAGIC = 0x958458F6
 
+# What shared memory takes (the sandbox of whoever maps it collects these): call, reason. 4 is PROT_EXEC.
+SYSCALLS = {
+    "mmap[2] & 4 == 0": "mapping what a front-end shares",
+    "munmap": "the end of a mapping",
+    "madvise": "guest memory stays out of core dumps",
+    "fstat": "how long a file is",
+    "fstatfs": "what file system it lies on",
+    "fcntl": "its seals and its flags",
+    "memfd_create": "the guard tests itself on a page of its own",
+    "ftruncate": "the same",
+}
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

@@ -17,6 +17,22 @@ DROP_REASONS = ("bad_chain", "bad_header", "bad_length", "disabled", "port", "no
 
 DETACH_TIMEOUT_MS = 100
 
+# What a worker thread does (the sandbox of whoever has one collects these): rule, reason.
+SYSCALLS = {
+    "epoll_create1": "a worker's set of descriptors",
+    "epoll_ctl": "lanes come and go",
+    "epoll_wait": "waiting for kicks and frames",
+    "epoll_pwait": "the same, on machines without epoll_wait",
+    "eventfd2": "how it is woken up",
+    "read": "kicks",
+    "write": "calls",
+    "readv": "frames from the port, straight into guest memory",
+    "writev": "frames to the port, straight from guest memory",
+    "poll": "a call descriptor that would block",
+    "ppoll": "the same, on machines without poll",
+    "futex": "commands and their answers",
+}
+
 
 class LaneEvent(IntFlag):
     """What a worker reports (enum lane_event)."""

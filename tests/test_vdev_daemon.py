@@ -426,8 +426,14 @@ import os, signal, sys
 from vdev import logs
 from vdev.config import DaemonConfig, DeviceConfig
 from vdev.daemon import Daemon
+from vdev.ports.null import Null
 
 class Broken:
+    port = Null(1)
+
+    def start(self):
+        pass
+
     def watches(self):
         return []
 
@@ -436,7 +442,7 @@ class Broken:
 
 logs.setup("info", "text")
 devices = tuple(DeviceConfig(os.path.basename(path), socket_path=path) for path in sys.argv[1:])
-daemon = Daemon(DaemonConfig(devices), lambda config, log: Broken())
+daemon = Daemon(DaemonConfig(devices, sandbox=False), lambda config, log: Broken())
 signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 signal.setitimer(signal.ITIMER_REAL, 0.2)
 daemon.run()

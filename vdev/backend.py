@@ -41,6 +41,12 @@ from vhost_user.wire import Region
 
 RARP_INTERVAL = 0.02  # seconds between announcements; QEMU sends five, 50 ms and more apart
 
+SYSCALLS = {
+    "readlink": "is a descriptor that arrived an eventfd",
+    "readlinkat": "the same, on machines without readlink",
+    "write": "announcements, and err eventfds",
+}
+
 
 class _Refuse(Exception):
     """The device says no; the text is for the front-end's operator."""

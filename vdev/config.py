@@ -63,12 +63,14 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class DaemonConfig:
-    """The process. one_off: end after one session of each device. upgrade_path: where a successor may ask for
-    everything; upgrade_from: where this one asks. Only then there may be no devices: they are the other's."""
+    """The process. one_off: end after one session of each device. sandbox: see vdev/sandbox.py. upgrade_path: where a
+    successor may ask for everything; upgrade_from: where this one asks. Only then there may be no devices: they are
+    the other's."""
 
     devices: tuple[DeviceConfig, ...]
     one_off: bool = False
     ready_fd: int | None = None
+    sandbox: bool = True
     log_format: str = "text"
     log_level: str = "info"
     upgrade_path: str | None = None
@@ -165,6 +167,7 @@ SHARED_KEYS = ("client", "socket-group", "socket-mode", "queue-pairs", "features
 PROCESS_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "one-off": ("one_off", _flag),
     "ready-fd": ("ready_fd", _descriptor),
+    "sandbox": ("sandbox", _flag),
     "log-format": ("log_format", _choice(*FORMATS)),
     "log-level": ("log_level", _choice(*LEVELS)),
     "upgrade-path": ("upgrade_path", _path),

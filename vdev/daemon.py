@@ -1,19 +1,20 @@
 """The daemon's life: everything is opened or nothing is, served until a signal or the last session, released.
 
 Order at the start: sockets are made but not seen yet (a path in use is the likeliest mistake, and nothing
-should have been touched when it is found), then ports and devices, then the sockets appear, then whoever
-started us is told. At the end the same backwards. Never a fork: whoever starts us keeps us (vhost-user,
-"Backend program conventions").
+should have been touched when it is found), then ports and devices, then the sockets appear, then the sandbox is
+closed and the workers start in it, then whoever started us is told. At the end the same backwards. Never a fork:
+whoever starts us keeps us (vhost-user, "Backend program conventions").
 
-A daemon that takes over from another (``--upgrade-from``) opens nothing: it gets all that was open there. And one that
-was taken over releases nothing, because its successor uses it.
+A daemon that takes over from another (``--upgrade-from``) opens nothing: it gets all that was open there, and closes
+the sandbox between the rehearsal and the pause. And one that was taken over releases nothing, because its successor
+uses it.
 """
 
 import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from vdev import listen, notify
@@ -132,8 +133,8 @@ class Daemon:
 
     # ------------------------------------------------------------------------------------ start
 
-    def _open(self, cleanup: contextlib.ExitStack) -> list[Service]:
-        """A service for each device, not opened yet; ``cleanup`` gets what releases the rest.
+    def _open(self, cleanup: contextlib.ExitStack) -> tuple[list[Device], list[Service]]:
+        """All devices, and a service for each, not opened yet; ``cleanup`` gets what releases the rest.
 
         Raises Failure.
         """
@@ -158,8 +159,33 @@ class Daemon:
             services.append(self._service(config, sockets[number], device, log))
         self._serving = len(services)
         if upgrade is not None:
-            self._await_successor(self._publish(upgrade, self._log, cleanup), sockets, devices, services, cleanup)
+            upgrade = self._publish(upgrade, self._log, cleanup)
+            self._await_successor(upgrade, sockets, devices, services, cleanup)
+        self._enter_sandbox(devices, [*sockets, upgrade])
+        for device in devices:
+            _start_worker(device)
         return services
+
+    def _enter_sandbox(self, devices: Sequence[Device], listeners: Iterable[object]) -> None:
+        """Give up what is not needed from here on. ``listeners``: those that are of class Listener have a path that is
+        removed at the end. Raises Failure."""
+        if not self._config.sandbox:
+            self._log.warning("sandbox-off", "the sandbox is off: who finds a hole in vdev has all rights of this user;"
+                              " leave out --sandbox off unless you debug vdev")
+            return
+        from vdev import sandbox
+
+        ports = [device.port for device in devices]
+        paths = [each.path for each in listeners if isinstance(each, listen.Listener) and each.path is not None]
+        try:
+            pairs = sum(port.carries.queue_pairs for port in ports)
+            report = sandbox.enter(pairs, [port.needs for port in ports], paths)
+        except OSError as error:
+            raise Failure(f"the sandbox cannot be entered: {error.strerror.lower()}; --sandbox off does without"
+                          ) from None
+        for line in report.missing:
+            self._log.warning("sandbox-incomplete", line)
+        self._log.debug("sandbox", str(report))
 
     @staticmethod
     def _publish(sock: listen.Publication, log: EventLog, cleanup: contextlib.ExitStack) -> listen.Listener:
@@ -216,7 +242,7 @@ class Daemon:
             notify.check_ready_fd(self._config.ready_fd)
         takeover = Takeover(self._config)
         with undisturbed():
-            everything = takeover.adopt()
+            everything = takeover.adopt(self._enter_sandbox)
             takeover.commit()
             for adopted in everything.devices:
                 adopted.device.start()
@@ -261,6 +287,16 @@ class Daemon:
         self._serving -= 1
         if not self._serving:
             self._end("the last session is over")
+
+
+def _start_worker(device: Device) -> None:
+    """Start the workers of ``device``. Raises Failure."""
+    from ring.errors import RingError
+
+    try:
+        device.start_worker()
+    except (RingError, OSError, MemoryError) as error:
+        raise Failure(f"the device cannot be started: {error}") from None
 
 
 _Socket = listen.Publication | listen.Listener | socket.socket | None

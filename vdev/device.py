@@ -59,6 +59,10 @@ class Device:
         return Offer(features, protocol_features(features), rings=2 * pairs, queue_num=audience.queue_num(pairs),
                      max_mem_slots=MEM_SLOTS)
 
+    def start_worker(self) -> None:
+        """Start the worker, which has nothing to do yet. Raises OSError, RingError."""
+        self.engine.start_worker()
+
     def open_session(self, sock: socket.socket) -> Connection:
         """Serve the front-end at the other end of ``sock``, the only one now."""
         self._connection = Connection(sock, self._backend_of, self.offer, self._log)

@@ -85,6 +85,8 @@ _abandoned: list[object] = []
 class Engine:
     """Runs the rings of one device against its port. Made once a device, used by one session after the other.
 
+    The worker is not started with it: what a thread may do is settled when it starts (vdev/sandbox.py).
+
     journal: where positions of the rings are written down for a successor; None: nowhere.
     """
 
@@ -102,7 +104,13 @@ class Engine:
         self._attached: set[Lane] = set()
         self._carried: list[tuple[FlowStats, FlowStats]] = []  # of lanes that had to be abandoned
         self.report_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._pump = Pump(self.report_fd)
+        self._pump: Pump | None = None
+
+    def start_worker(self) -> None:
+        """Start the worker now rather than with the first ring. Raises OSError when there can be no thread, RingError
+        when memory that vanishes could not be survived."""
+        if self._pump is None:
+            self._pump = Pump(self.report_fd)
 
     # -------------------------------------------------------------------------- pausing
 
@@ -136,6 +144,7 @@ class Engine:
                 to_port=ends.to_port, from_port=ends.from_port, port_header=self.port.carries.header,
                 mtu=self.mtu, watch_kicks=self.watch_kicks, features=self.features))
             if to_guest.queue or from_guest.queue:
+                self.start_worker()
                 self._pump.attach(lane)
                 self._attached.add(lane)
 
@@ -147,7 +156,7 @@ class Engine:
         self.rings = [Ring() for _ in self.rings]
         self._lanes = [Lane() for _ in self._lanes]
         self._attached = set()
-        self._pump = Pump(self.report_fd)
+        self._pump = None
         self.abandoned += 1
 
     # ---------------------------------------------------------------------------- rings
@@ -311,7 +320,8 @@ class Engine:
         self.reset()
         for lane in self._lanes:
             lane.close()
-        self._pump.close()
+        if self._pump is not None:
+            self._pump.close()
         if self._journal is not None:
             self._journal.close()
         os.close(self.report_fd)

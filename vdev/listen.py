@@ -35,6 +35,18 @@ PATH_MAX = 107
 AUTO_GROUPS = ("libvirt-qemu", "qemu", "kvm")
 LOCK_PATIENCE = 1.0  # seconds to wait for another instance that publishes in the same directory
 
+# Of a socket that listens; it is made before the sandbox is closed.
+SYSCALLS = {
+    "accept4": "a front-end connects",
+    "listen": "a socket that was taken over shows who listens now",
+    "getsockname": "Python asks what kind of socket it accepted",
+    "getsockopt": "the same, and which process it is",
+    "newfstatat": "does the path still name our socket",
+    "lstat": "the same, of older libcs",
+    "unlink": "then it is removed at the end",
+    "unlinkat": "the same, on machines without unlink",
+}
+
 
 def peer_pid(sock: socket.socket) -> int | None:
     """The process at the other end of ``sock``; of a connection, who made it (unix(7), SO_PEERCRED).

@@ -32,6 +32,13 @@ FORMATS = ("text", "json")
 PEER_BURST = 20  # lines of one kind a peer may cause at once
 PEER_PER_SECOND = 1.0  # and how many a second after that
 
+SYSCALLS = {
+    "write": "lines",
+    "sendto": "lines, where the log is a socket",
+    "poll": "would a line block",
+    "ppoll": "the same, on machines without poll",
+}
+
 # A write of at most PIPE_BUF bytes to a pipe is whole or not at all (POSIX write()).
 LINE_MAX = select.PIPE_BUF
 

@@ -27,6 +27,14 @@ from collections.abc import Callable
 
 Callback = Callable[[], None]
 
+SYSCALLS = {
+    "epoll_create1": "the selector",
+    "epoll_ctl": "watches come and go",
+    "epoll_wait": "waiting for events",
+    "epoll_pwait": "the same, on machines without epoll_wait",
+    "recvfrom": "signals, which arrive over a socket pair",
+}
+
 
 class Timer:
     """A callback due at ``when`` (seconds of ``time.monotonic``)."""

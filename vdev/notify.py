@@ -12,6 +12,12 @@ from vdev.errors import Failure, Misuse
 
 LISTEN_FDS_START = 3
 
+SYSCALLS = {
+    f"socket[0] == {socket.AF_UNIX}": "to the service manager",
+    "connect": "the same",
+    "sendto": "READY and STOPPING",
+}
+
 
 def passed_fds() -> list[int]:
     """The descriptors a service manager passed to this very process; the variables are removed.
@@ -46,6 +52,11 @@ def tell_manager(state: str) -> None:
         sock.setblocking(False)
         sock.connect(address)
         sock.send(state.encode())
+
+
+def is_abstract() -> bool:
+    """Does the service manager listen on an abstract name, which is not in the file system?"""
+    return os.environ.get("NOTIFY_SOCKET", "").startswith("@")
 
 
 def check_ready_fd(fd: int) -> None:

@@ -71,6 +71,7 @@ def parser(prog: str, verbs: str = "") -> Parser:
             help="let another vdev of this user take over, without the guests noticing, at the Unix socket PATH")
     process("--upgrade-from", metavar="PATH",
             help="take over from the vdev that was given --upgrade-path PATH: devices, front-ends, traffic")
+    process("--sandbox", metavar="on|off", help="off: keep all rights, to look at vdev with a debugger (default on)")
     process("--config", metavar="FILE.toml", help="read options from a file; the command line wins")
     process("--check-config", action="store_true", help="list all mistakes in the configuration and end")
     process("--log-format", metavar="|".join(FORMATS), help="default: text")

@@ -26,8 +26,16 @@ from vdev.handover import Put
 from vdev.listen import peer_pid
 from vdev.logs import EventLog
 from vdev.loop import Callback, Loop, Timer
+from vdev.ports.base import Port
 from vdev.sources import Source
 from vhost_user.errors import Disconnected, PeerError
+
+SYSCALLS = {
+    "recvfrom": "has a front-end said anything (MSG_PEEK)",
+    "poll": "has it hung up",
+    "ppoll": "the same, on machines without poll",
+    "getsockopt": "which process it is",
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,10 @@ class Connection(Protocol):
 
 class Device(Protocol):
     """A device, as vdev/device.py has it."""
+
+    port: Port
+
+    def start_worker(self) -> None: ...
 
     def open_session(self, sock: socket.socket) -> Connection: ...
 

@@ -24,6 +24,12 @@ RETRY_LAST = 1.0
 # A connection shorter than this does not count as success: a peer that accepts and closes is not hammered.
 SETTLED = 1.0
 
+# Of a client, which connects again and again.
+SYSCALLS = {
+    f"socket[0] == {socket.AF_UNIX}": "a socket to connect with",
+    "connect": "to the path where the front-end listens",
+}
+
 
 class Source(Protocol):
     """What a service needs of where its connections come from. ``ends``: there is only one to give."""

@@ -9,6 +9,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ring.errors import RingError
@@ -30,6 +31,9 @@ from vhost_user.errors import PeerError
 # What may come of a state that another version, or no vdev at all, has made up.
 _UNUSABLE = (ValueError, TypeError, KeyError, IndexError, OverflowError, OSError, RingError, PortError, PeerError,
              MemoryError)
+
+
+EnterSandbox = Callable[[Sequence[Device], Iterable[Listener]], None]
 
 
 @dataclass
@@ -68,6 +72,10 @@ class Everything:
     upgrade: Listener
     paused_at: float
 
+    def listeners(self) -> list[Listener]:
+        """All that listen."""
+        return [self.upgrade, *(adopted.listener for adopted in self.devices if adopted.listener is not None)]
+
     def let_go(self) -> None:
         """Release it without undoing anything."""
         for adopted in self.devices:
@@ -99,17 +107,23 @@ class Takeover:
             raise Failure(f"--upgrade-from {path}: user {peer_uid(sock)} listens there, whom this process does not "
                           "trust; run it as the same user")
 
-    def adopt(self) -> Everything:
-        """Rehearse, and then take everything over. Raises Failure; the other daemon goes on then."""
+    def adopt(self, enter_sandbox: EnterSandbox) -> Everything:
+        """Rehearse, and then take everything over. In between, while frames still move, ``enter_sandbox`` is called with
+        the devices and the listeners of the rehearsal. Raises Failure; the other daemon goes on then."""
         try:
             self._channel.budget(ANSWER_SECONDS)
             self._channel.send("hello")
             self._channel.budget(PREPARE_SECONDS)
-            self._received("rehearsal").let_go()
+            rehearsed = self._received("rehearsal")
+            rehearsed.let_go()
+            enter_sandbox([adopted.device for adopted in rehearsed.devices], rehearsed.listeners())
             self._channel.budget(PREPARE_SECONDS)
             self._channel.send("prepared")
-            return self._received("state")
-        except HandoverError as error:
+            everything = self._received("state")
+            for adopted in everything.devices:
+                adopted.device.start_worker()
+            return everything
+        except (HandoverError, Failure, OSError, RingError) as error:
             with contextlib.suppress(HandoverError):
                 self._channel.send("failed", why=str(error))
             raise self._failure(error) from None
@@ -134,7 +148,7 @@ class Takeover:
         finally:
             self._channel.close()
 
-    def _failure(self, error: HandoverError) -> Failure:
+    def _failure(self, error: Exception) -> Failure:
         return Failure(f"--upgrade-from {self._config.upgrade_from}: not taken over: {error}")
 
     def _received(self, say: str) -> Everything:

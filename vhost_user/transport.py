@@ -25,6 +25,14 @@ MESSAGE_DEADLINE = 5.0  # seconds from the first byte of a message to its last
 SEND_DEADLINE = 0.2  # seconds a full socket buffer may hold up the control loop
 MESSAGES_PER_TURN = 32  # messages read before others get their turn
 
+# What a process that serves a socket must be able to do (the sandbox of whoever does collects these): call, reason.
+SYSCALLS = {
+    "recvmsg": "messages with their descriptors",
+    "sendmsg": "answers",
+    "poll": "a peer that does not read its answers",
+    "ppoll": "the same, on machines without poll",
+}
+
 _FD_SIZE = array("i").itemsize
 _FD_ROOM = socket.CMSG_LEN(FDS_MAX * _FD_SIZE)
 

@@ -5,8 +5,8 @@ Python keeps the far end of a ``SOCK_SEQPACKET`` pair, each message a 12-byte vi
 so that no Python object ever points into guest memory and back-pressure is the socket's.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from vdev.handover import Put
@@ -54,6 +54,17 @@ class PortPart:
     state: Any
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a port goes on needing in the sandbox (vdev/sandbox.py).
+
+    capabilities: of vdev/capabilities.py. syscalls: rule of vdev/seccomp.py -> its reason.
+    """
+
+    capabilities: frozenset[int] = frozenset()
+    syscalls: Mapping[str, str] = field(default_factory=dict)
+
+
 class Port:
     """Base of all ports. Descriptors stay owned by the port and are closed by :meth:`close`.
 
@@ -61,6 +72,7 @@ class Port:
     """
 
     carries: Carries
+    needs: Needs = Needs()
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:

@@ -26,6 +26,31 @@ _SIOCSIFFLAGS = 0x8914
 _SIOCGIFMTU = 0x8921
 _IFF_UP = 1
 
+_SIOCGIFINDEX = 0x8933
+
+# Rules of vdev/seccomp.py, with their reasons: what looking at an interface takes, and setting it up over netlink.
+SYSCALLS = {
+    f"socket[0] == {socket.AF_INET} and socket[1] & 0xf == {socket.SOCK_DGRAM}": "what the ioctls below are asked of",
+    f"socket[0] == {socket.AF_UNIX}": "the same, of libc",
+    f"ioctl[1] == {_SIOCGIFINDEX:#x}": "is there an interface of that name",
+    f"ioctl[1] == {_SIOCGIFFLAGS:#x}": "is it up",
+    f"ioctl[1] == {_SIOCSIFFLAGS:#x}": "bringing it up",
+}
+NETLINK_SYSCALLS = {
+    f"socket[0] == {socket.AF_NETLINK} and socket[2] == {socket.NETLINK_ROUTE}": "addresses and bridges",
+    "bind": "of that socket",
+    f"setsockopt[1] == {socket.SOL_SOCKET}": "the length of its queues",
+    "setsockopt[1] == 270": "SOL_NETLINK: how the kernel answers",
+    "getsockname": "pyroute2 asks what it has made",
+    "getpeername": "the same",
+    "socketpair": "pyroute2 runs a loop of its own, which wakes itself",
+    "sendto": "requests",
+    "sendmsg": "the same, of older versions",
+    "recvfrom": "answers",
+    "recvmsg": "the same, of older versions",
+    "shutdown": "the end of that socket",
+}
+
 _REQUEST_FLAGS = struct.Struct("16sH22x")
 _REQUEST_MTU = struct.Struct("16si20x")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vdev.handover import Put, Take
-from vdev.ports.base import ETHERNET_HEADER, VNET_HEADER, Port
+from vdev.ports.base import ETHERNET_HEADER, VNET_HEADER, Needs, Port
 
 # The longest packet IP can name, behind an Ethernet header with one VLAN tag, behind the net header.
 MESSAGE_MAX = VNET_HEADER + ETHERNET_HEADER + 4 + 65535
@@ -32,6 +32,8 @@ class SocketPort(Port):
     pairs: sockets made before, instead of new ones. Raises OSError (EMFILE, ENOMEM) when the sockets cannot be had;
     none is left open then.
     """
+
+    needs = Needs(syscalls={"recvfrom": "messages from the pump", "sendto": "and to it"})
 
     def __init__(self, queue_pairs: int, pairs: list[tuple[socket.socket, socket.socket]] | None = None) -> None:
         self.near: list[socket.socket] = []

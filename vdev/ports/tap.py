@@ -30,11 +30,12 @@ from dataclasses import dataclass
 from ipaddress import ip_interface
 from typing import Any
 
+from vdev import capabilities
 from vdev.handover import Put, Take
 from vdev.net.features import Feature, mask
 from vdev.plain import from_plain
 from vdev.ports import link, tun
-from vdev.ports.base import VNET_HEADER, Carries, Ends, Port, PortError, PortPart
+from vdev.ports.base import VNET_HEADER, Carries, Ends, Needs, Port, PortError, PortPart
 from vdev.ports.rarp import rarp_frame
 from vdev.ports.spec import TapSpec
 
@@ -85,6 +86,7 @@ class TapPart:
     given_addresses: tuple[str, ...]
     joined_bridge: bool
     link_due: bool
+    made: bool
 
 
 class Tap(Port):
@@ -99,6 +101,7 @@ class Tap(Port):
         self._offload = tun.Offload(0)
         self._changes = link.Changes()
         self._link_due = False  # the interface came back and has not got its addresses yet
+        self._made = False
 
     @classmethod
     def open(cls, spec: TapSpec, queue_pairs: int) -> "Tap":
@@ -126,6 +129,15 @@ class Tap(Port):
 
     def __str__(self) -> str:
         return f"tap:{self.name}" if self.name else str(self._spec)
+
+    @property
+    def needs(self) -> Needs:
+        """No right at all, but for a TAP that vdev made or set up, and has to make again or to take down."""
+        syscalls = {**tun.SYSCALLS, **link.SYSCALLS}
+        if self._spec.addresses or self._spec.bridge is not None:
+            syscalls |= link.NETLINK_SYSCALLS
+            return Needs(frozenset({capabilities.NET_ADMIN}), syscalls)
+        return Needs(frozenset({capabilities.NET_ADMIN} if self._made else ()), syscalls)
 
     def ends(self, pair: int) -> Ends:
         return Ends(self._fds[pair], self._fds[pair])
@@ -166,7 +178,8 @@ class Tap(Port):
     def export(self, put: Put) -> PortPart:
         return PortPart(str(self._spec), TapPart(
             self.name, tuple(map(put, self._fds)), self._multi_queue, tuple(self._enabled), self._offload, self.carries,
-            tuple(map(str, self._changes.addresses)), self._changes.joined_bridge, self._link_due))
+            tuple(map(str, self._changes.addresses)), self._changes.joined_bridge, self._link_due,
+            self._made))
 
     @classmethod
     def adopt(cls, spec: TapSpec, state: Any, take: Take) -> "Tap":
@@ -177,6 +190,7 @@ class Tap(Port):
         port.name, port._multi_queue, port._enabled = part.name, part.multi_queue, list(part.enabled)
         port._fds = [take(queue) for queue in part.queues]
         port._offload, port.carries, port._link_due = part.offload, part.carries, part.link_due
+        port._made = part.made
         port._changes = link.Changes([ip_interface(address) for address in part.given_addresses], part.joined_bridge)
         return port
 
@@ -195,6 +209,7 @@ class Tap(Port):
 
     def _acquire(self, queue_pairs: int) -> None:
         found = link.exists(self.name)
+        self._made = not found
         self._fds.append(_open_device(self))
         try:
             self.name = tun.attach(self._fds[0], self.name, _FLAGS | tun.Flag.MULTI_QUEUE)

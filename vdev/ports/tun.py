@@ -20,6 +20,12 @@ _TUNSETVNETLE = 0x400454DC
 
 _IFREQ = struct.Struct("16sH22x")
 
+# What a TAP that is open goes on needing: rule of vdev/seccomp.py -> reason. TUNSETIFF brings a deleted one back.
+SYSCALLS = {f"ioctl[1] == {request:#x}": reason for request, reason in (
+    (_TUNSETIFF, "a deleted interface is attached again"), (_TUNGETIFF, "which interface it is, and is there one"),
+    (_TUNSETOFFLOAD, "what the guest negotiated"), (_TUNSETQUEUE, "queue pairs are switched on and off"),
+    (_TUNSETVNETHDRSZ, "the header, of an interface that came back"), (_TUNSETVNETLE, "the same"))}
+
 
 class Flag(IntFlag):
     """Flags of TUNSETIFF and TUNGETIFF."""

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from vdev import capabilities
 from vdev.ports import link, tun
 
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWNET = 0x40000000
-_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 
 _PASSED, _FAILED, _SKIPPED = range(3)
 
@@ -49,11 +49,7 @@ def isolated(test: Callable[..., None]) -> Callable[..., None]:
 
 def drop_rights() -> None:
     """Lose every capability, as a plain user would be without them; for good. The user stays who it is."""
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    none = (ctypes.c_uint32 * 6)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.capset(header, none):
-        raise OSError(ctypes.get_errno(), "capset failed")
+    capabilities.keep_only(())
 
 
 def _child(writer: int, body: Callable[[], None]) -> None:

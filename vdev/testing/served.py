@@ -94,6 +94,7 @@ class ServedDevice:
         self._log = _Recorder(self.log)
         self.device = Device("test", self.port, config, self._log,
                              journal and Journal(str(journal), 2 * config.queue_pairs))
+        self.device.start_worker()
         self._source = _Handed()
         self._service = Service(self._loop, self.device, self._source, self._log, False, self._loop.stop)
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
