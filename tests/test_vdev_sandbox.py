@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from vdev import capabilities, landlock, sandbox
 from vdev.config import DaemonConfig
 from vdev.testing.daemon import Daemon
+from vdev.testing.netns import Namespace, why_no_tap
 from vdev.testing.scripted import ScriptedGuest
 
 FRAME = bytes.fromhex("ffffffffffff 525400123456 88b5") + bytes(range(50))
@@ -249,6 +251,82 @@ def test_nothing_is_imported_once_the_sandbox_is_closed(start, tmp_path):
     (entered,) = daemon.events("sandbox")
     assert entered["text"].startswith("sandbox: no capabilities, Landlock")
     assert "late: []\n" in daemon.stop()
+
+
+@pytest.fixture
+def lan():
+    """A network namespace in which TAP devices can be made."""
+    reason = why_no_tap()
+    if reason:
+        pytest.skip(f"no TAP device to be had: {reason}")
+    with Namespace() as namespace:
+        yield namespace
+
+
+def until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_N18_tap_that_vdev_made_and_set_up_is_made_again_inside_and_taken_down_at_the_end(start, lan, tmp_path):
+    lan.run(["ip", "link", "add", "br0", "type", "bridge"])
+    path = str(tmp_path / "vm.sock")
+    daemon = start(["--socket-path", path, "--port", "tap:vm1,ip=10.0.0.1/24,bridge=br0", "-v"], namespace=lan,
+                   program=["-c", WATCHED])
+    (entered,) = daemon.events("sandbox")
+    assert entered["text"].startswith("sandbox: capability 12, ")
+    with ScriptedGuest.connect(path):
+        lan.run(["ip", "link", "del", "vm1"])
+        until(lambda: daemon.events("port-back"))
+        assert "10.0.0.1/24" in lan.run(["ip", "-brief", "addr", "show", "vm1"]).stdout
+        assert "vm1" in lan.run(["ip", "link", "show", "master", "br0"]).stdout
+    assert "late: []\n" in daemon.stop()
+    assert "vm1" not in lan.run(["ip", "link"]).stdout
+
+
+def test_N18_persistent_tap_made_anew_is_attached_again_without_any_right(start, lan, tmp_path):
+    make = ["ip", "tuntap", "add", "dev", "vm1", "mode", "tap", "multi_queue", "vnet_hdr"]
+    lan.run(make)
+    path = str(tmp_path / "vm.sock")
+    daemon = start(["--socket-path", path, "--port", "tap:vm1", "-v"], namespace=lan, privileged=False,
+                   program=["-c", WATCHED])
+    (entered,) = daemon.events("sandbox")
+    assert entered["text"].startswith("sandbox: no capabilities, ")
+    with ScriptedGuest.connect(path):
+        lan.run(["ip", "link", "del", "vm1"])
+        until(lambda: daemon.events("port-gone"))
+        lan.run(make)
+        until(lambda: daemon.events("port-back"))
+    assert "late: []\n" in daemon.stop()
+    assert "vm1" in lan.run(["ip", "link"]).stdout
+
+
+def test_client_connects_again_from_inside(start, tmp_path):
+    path = str(tmp_path / "vm.sock")
+    daemon = start(["--client", "--socket-path", path, "--port", "loopback:", "-v"], program=["-c", WATCHED])
+    for _ in range(2):
+        with socket.socket(socket.AF_UNIX) as front_end:
+            front_end.bind(path)
+            front_end.listen()
+            front_end.settimeout(30)
+            connection, _ = front_end.accept()
+        os.unlink(path)
+        with ScriptedGuest(connection) as guest:
+            assert guest.exchange(FRAME) == FRAME
+    assert "late: []\n" in daemon.stop()
+
+
+def test_several_devices_share_one_sandbox(start, tmp_path):
+    devices = [f"socket={tmp_path}/{name},port=responder,queue-pairs=2" for name in "abc"]
+    options = [word for device in devices for word in ("--device", device)]
+    daemon = start([*options, "-v"], program=["-c", WATCHED])
+    assert daemon.events("sandbox")[0]["text"].endswith(f"at most {64 + 3 * 2 * 32} descriptors")
+    for name in "abc":
+        ScriptedGuest.connect(f"{tmp_path}/{name}", queue_pairs=2).close()
+    assert "late: []\n" in daemon.stop()
+    assert os.listdir(tmp_path) == []
 
 
 def test_off_is_a_warning(start, tmp_path):

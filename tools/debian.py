@@ -135,6 +135,12 @@ class Apt:
                         "install", package])
         return re.findall(r"^Inst (\S+) (?:\[\S+\] )?\((\S+) ", text, re.MULTILINE)
 
+    def closure(self, packages: list[str]) -> list[str]:
+        """All packages that a machine with none of them needs for ``packages``, these included."""
+        text = _output(["apt-get", *self._options, "-o", "Dir::State::status=/dev/null", "-s",
+                        "--no-install-recommends", "install", *packages])
+        return re.findall(r"^Inst (\S+) ", text, re.MULTILINE)
+
     def unpack(self, packages: list[str], into: Path) -> None:
         """Download ``packages`` (``name`` or ``name=version``) and unpack them all into one directory."""
         with tempfile.TemporaryDirectory(prefix="vdev-deb-") as folder:
@@ -162,13 +168,19 @@ def apt_knowing(package: str) -> Apt:
     raise Unavailable(f"no package {package} in this machine's apt sources")
 
 
-def unpack_fresh(packages: list[str], into: Path) -> None:
-    """Unpack packages the machine's lists know; when those lists are out of date, with fresh private ones."""
+def unpack_fresh(packages: list[str], into: Path, whole: bool = False) -> None:
+    """Unpack packages the machine's lists know; when those lists are out of date, with fresh private ones.
+
+    whole: with everything they need, as for a machine that has nothing.
+    """
+    def unpack(apt: Apt) -> None:
+        apt.unpack(apt.closure(packages) if whole else packages, into)
+
     apt = apt_knowing(packages[0])
     try:
-        apt.unpack(packages, into)
+        unpack(apt)
     except Unavailable:
-        fresh_apt().unpack(packages, into)
+        unpack(fresh_apt())
 
 
 def _stanzas() -> Iterator[dict[str, str]]:

@@ -54,15 +54,22 @@ def program() -> str:
 
 def install(directory: str) -> str:
     """Write the descriptor into ``directory``, which is made if need be. -> its path. Raises Failure."""
-    path = os.path.join(directory, FILE_NAME)
     text = json.dumps({"description": "vdev virtio-net device", "type": "net", "binary": program()}, indent=2)
+    return write(directory, FILE_NAME, text + "\n", "choose --user, or be root for --system")
+
+
+def write(directory: str, name: str, text: str, otherwise: str) -> str:
+    """Have file ``name`` with ``text`` in ``directory``, which is made if need be. -> its path.
+
+    Raises Failure, which says what to do ``otherwise``.
+    """
+    path = os.path.join(directory, name)
     temporary = f"{path}.{os.getpid()}"
     try:
         os.makedirs(directory, exist_ok=True)
-        # Management software may read the directory at any time: never half a file.
-        Path(temporary).write_text(text + "\n")
+        # Whoever the file is for may read the directory at any time: never half a file.
+        Path(temporary).write_text(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}; choose --user, or be root for --system"
-                      ) from None
+        raise Failure(f"cannot write {path}: {error.strerror}; {otherwise}") from None
     return path

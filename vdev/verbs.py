@@ -132,10 +132,24 @@ def _install_descriptor(arguments: list[str], prog: str) -> None:
     print(json.dumps({"path": path}) if options.json else path)
 
 
+def _install_units(arguments: list[str], prog: str) -> None:
+    from vdev import systemd
+
+    parser = Parser(prog, "Write the systemd units vdev@.service and vdev@.socket, an instance for each guest, and "
+                    "print their paths.", epilog="example:\n  vdev install-units --directory ./units")
+    parser.add_argument("--directory", metavar="DIRECTORY", default=systemd.SYSTEM_DIRECTORY,
+                        help=f"default: {systemd.SYSTEM_DIRECTORY}; for packagers, e.g. /usr/lib/systemd/system")
+    parser.add_argument("--json", action="store_true", help="print a JSON object with the paths")
+    options = parser.parse_args(arguments)
+    paths = systemd.install(options.directory)
+    print(json.dumps({"paths": paths}) if options.json else "\n".join(paths))
+
+
 VERBS = {
     "run": Verb("serve a virtio-net device; this is what `vdev` without a verb does", _run),
     "qemu-args": Verb("print the QEMU options for a socket", _qemu_args),
     "demo": Verb("watch a guest get an address and answer pings: no root, no image", _demo),
     "capabilities": Verb("print what this build can do", _capabilities),
     "install-descriptor": Verb("make vdev known to management software", _install_descriptor),
+    "install-units": Verb("have systemd start vdev for a guest", _install_units),
 }

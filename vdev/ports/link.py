@@ -30,8 +30,7 @@ _SIOCGIFINDEX = 0x8933
 
 # Rules of vdev/seccomp.py, with their reasons: what looking at an interface takes, and setting it up over netlink.
 SYSCALLS = {
-    f"socket[0] == {socket.AF_INET} and socket[1] & 0xf == {socket.SOCK_DGRAM}": "what the ioctls below are asked of",
-    f"socket[0] == {socket.AF_UNIX}": "the same, of libc",
+    f"socket[0] == {socket.AF_UNIX}": "what the ioctls below are asked of",
     f"ioctl[1] == {_SIOCGIFINDEX:#x}": "is there an interface of that name",
     f"ioctl[1] == {_SIOCGIFFLAGS:#x}": "is it up",
     f"ioctl[1] == {_SIOCSIFFLAGS:#x}": "bringing it up",
@@ -41,8 +40,6 @@ NETLINK_SYSCALLS = {
     "bind": "of that socket",
     f"setsockopt[1] == {socket.SOL_SOCKET}": "the length of its queues",
     "setsockopt[1] == 270": "SOL_NETLINK: how the kernel answers",
-    "getsockname": "pyroute2 asks what it has made",
-    "getpeername": "the same",
     "socketpair": "pyroute2 runs a loop of its own, which wakes itself",
     "sendto": "requests",
     "sendmsg": "the same, of older versions",
@@ -199,5 +196,6 @@ def _iproute() -> "IPRoute":
 
 
 def _ioctl(request: int, argument: bytes) -> bytes:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
+    # Any socket takes these; one for IP would be one more thing to allow.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
         return fcntl.ioctl(s, request, argument)

@@ -55,11 +55,13 @@ class LinuxGuest:
 
     program: which QEMU. image: what it boots. network: QEMU options, -m included (``vdev.qemu.qemu_args`` or
     ``vdev.testing.qemu.tap_args``). cpus: virtual processors. namespace: where QEMU itself runs. kernel_options:
-    more words for the kernel's command line.
+    more words for the kernel's command line. boot_seconds: how long a boot may take.
     """
 
     def __init__(self, program: QemuProgram, image: Image, network: Sequence[str], *, cpus: int = 1,
-                 namespace: Namespace | None = None, kernel_options: str = "") -> None:
+                 namespace: Namespace | None = None, kernel_options: str = "",
+                 boot_seconds: float = BOOT_SECONDS) -> None:
+        self._boot_seconds = boot_seconds
         self._tokens = itertools.count(1)
         self._program = program
         self._machine = ["-kernel", str(image.kernel), "-initrd", str(image.initrd),
@@ -77,7 +79,7 @@ class LinuxGuest:
     def wait_until_up(self) -> None:
         """Wait for the end of a boot: of the next one, or of one that ended unobserved."""
         try:
-            self.console.wait_for_line(b"guest-ready", BOOT_SECONDS)
+            self.console.wait_for_line(b"guest-ready", self._boot_seconds)
         except ConsoleClosed:
             raise self._gone("the guest did not come up") from None
 
