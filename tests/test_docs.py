@@ -21,6 +21,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if path.exists()]
 COMMANDS = ("sh", "console")
 SESSION = "pycon"
-NOT_RUN = ("text", "c", "toml")
+NOT_RUN = ("text", "c", "toml", "xml")
 
 BLOCK = re.compile(r"(?:^<!-- (?P<note>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
                    re.MULTILINE | re.DOTALL)
@@ -150,6 +151,15 @@ def test_configuration_files(block: Block, environment: dict[str, str], tmp_path
     done = subprocess.run([shutil.which("vdev", path=environment["PATH"]), "--config", tmp_path / "vdev.toml",
                            "--check-config"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@run_by("", languages=("xml",))
+def test_definitions_of_guests(block: Block) -> None:
+    domain = ElementTree.fromstring(block.text)
+    assert domain.find("memoryBacking/access").get("mode") == "shared"
+    interface = domain.find("devices/interface[@type='vhostuser']")
+    assert interface.find("source").attrib == {"type": "unix", "path": "/run/vdev/vm1.sock", "mode": "client"}
+    assert interface.find("model").get("type") == "virtio"
 
 
 # ------------------------------------------------------------------------------------------------- Python

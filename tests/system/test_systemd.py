@@ -3,6 +3,7 @@
 Never on this machine: systemd takes the place it is started in for its own.
 """
 
+import compileall
 import json
 import shutil
 import subprocess
@@ -20,17 +21,25 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[2]
 GUEST_IMAGE = ROOT / "tools" / "guest-image"
 
+IP = "/bin/ip"  # not the one that the console's busybox has itself
+
 # A VMM and its guest in one program: one frame goes out through the TAP, where it is seen, and one comes back.
 EXCHANGE = """
-import socket
+import socket, subprocess
 from vdev.testing.scripted import ScriptedGuest
+def systemctl(*words):
+    return subprocess.run(["systemctl", *words, "vdev@vm1.service"], capture_output=True, text=True).stdout.strip()
 OUT = bytes.fromhex("ffffffffffff 525400123456 88b5") + b"from the guest".ljust(50, b".")
 BACK = bytes.fromhex("525400123456 020000000001 88b5") + b"to the guest".ljust(50, b".")
 wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88b5))
 wire.bind(("vm1", 0x88b5))
 wire.settimeout(20)
-with ScriptedGuest.connect("/run/vdev/vm1.sock") as guest:
-    guest.driver.fill()
+connection = socket.socket(socket.AF_UNIX)
+connection.connect("/run/vdev/vm1.sock")
+while systemctl("is-active") == "inactive":
+    pass
+systemctl("start")  # waits for READY=1; an emulated Python takes longer than a front-end waits for an answer
+with ScriptedGuest(connection) as guest:
     guest.driver.transmit(OUT)
     assert wire.recv(2000) == OUT
     wire.send(BACK)
@@ -52,10 +61,13 @@ def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program.write_text("#!/usr/bin/python3\nimport sys\nfrom vdev.cli import main\nsys.exit(main())\n")
     program.chmod(0o755)
     (root / "usr/bin/exchange").write_text(EXCHANGE)
+    compileall.compile_dir(root, quiet=2, stripdir=str(root))  # bytecode of another version is passed over
     units = root / "etc/systemd/system"
     units.mkdir(parents=True)
     for name in systemd.NAMES:
         (units / name).write_text(systemd.text(name, "/usr/bin/vdev"))
+    (units / "vdev@.service.d").mkdir()
+    (units / "vdev@.service.d/emulated.conf").write_text("[Service]\nTimeoutStartSec=300\n")
     users = root / "usr/lib/sysusers.d"
     users.mkdir(parents=True)
     (users / "vdev.conf").write_text("u vdev -\n")
@@ -74,9 +86,10 @@ def guest(overlay: Path):
     if made.returncode:
         pytest.skip(made.stderr.strip().splitlines()[-1])
     assert json.loads(made.stdout)
-    with LinuxGuest(program, Image.parse(made.stdout), ["-m", "1G"], boot_seconds=300) as guest:
+    with LinuxGuest(program, Image.parse(made.stdout), ["-m", "1G"], cpus=2, boot_seconds=300) as guest:
         guest.check("systemd-sysusers", 60)
-        guest.check("ip tuntap add dev vm1 mode tap multi_queue vnet_hdr user vdev && ip link set vm1 up")
+        guest.check("chmod 666 /dev/net/tun")  # as the rules of udev have it, which is not there
+        guest.check(f"{IP} tuntap add dev vm1 mode tap multi_queue vnet_hdr user vdev && {IP} link set vm1 up")
         guest.check("systemctl start vdev@vm1.socket", 60)
         yield guest
 
@@ -86,7 +99,7 @@ def main_pid(guest: LinuxGuest) -> int:
 
 
 def exchange(guest: LinuxGuest) -> None:
-    result = guest.run("python3 /usr/bin/exchange", 120)
+    result = guest.run("python3 /usr/bin/exchange", 300)
     assert "exchanged" in result.output, result.output + guest.run(
         "systemctl status --no-pager -l vdev@vm1.service; journalctl -b --no-pager | tail -30", 60).output
 
