@@ -50,6 +50,17 @@ class _Place:
         return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") | 1
 
 
+# What a journal that is open takes (the sandbox of whoever keeps one collects these): call, reason.
+SYSCALLS = {
+    "fallocate": "room for a ring's line, before it is needed",
+    "fstatfs": "the same, of libc, where the file system cannot do that",
+    "pwrite64": "the same",
+    "pread64": "is there anything in a line",
+    "unlink": "a journal that is of no use any more",
+    "unlinkat": "the same, on machines without unlink",
+}
+
+
 def _binding(queue: VirtQueue) -> int:
     device, inode, offset = queue.file
     return _Place(device, inode, offset, queue.desc, queue.avail, queue.used, queue.size, queue.packed).binding

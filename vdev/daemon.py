@@ -177,6 +177,7 @@ class Daemon:
 
         ports = [device.port for device in devices]
         paths = [each.path for each in listeners if isinstance(each, listen.Listener) and each.path is not None]
+        paths += [path for device in devices for path in device.files]
         try:
             pairs = sum(port.carries.queue_pairs for port in ports)
             report = sandbox.enter(pairs, [port.needs for port in ports], paths)

@@ -41,6 +41,7 @@ class Device:
     def __init__(self, name: str, port: Port, config: DeviceConfig, log: EventLog, journal: Journal | None = None,
                  policy: Policy = DEFAULT_POLICY):
         self.name = name
+        self.files = [journal.path] if journal is not None else []  # to be removed at the end
         self.port = port
         self.config = config
         self._log = log

@@ -11,8 +11,8 @@ thread has been started: Landlock and capabilities belong to a thread and pass t
 
 1. Limits: no core dump, no look from outside (PR_SET_DUMPABLE), few descriptors.
 2. no_new_privs, which the next steps ask for.
-3. Landlock: no file can be opened, none made; files in the sockets' own directories can be removed, as we do at
-   the end.
+3. Landlock: no file can be opened, none made; files in the directories of sockets and journals can be removed, as
+   we do at the end.
 4. Capabilities: none, but for what the ports say they go on needing (vdev/ports/base.py, Needs).
 5. The filter of system calls (vdev/seccomp.py). Its rules are kept beside the code that makes the calls, each with
    its reason, as SYSCALLS; this module brings them together and adds those of the interpreter.
@@ -26,8 +26,8 @@ import resource
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ring import guestmem, pump
-from vdev import backend, capabilities, landlock, listen, logs, loop, notify, seccomp, service, sources
+from ring import guestmem, journal, pump
+from vdev import backend, capabilities, landlock, listen, logs, loop, notify, seccomp, service, sources, state_transfer
 from vdev.ports.base import Needs
 from vdev.syscalls import checked, libc
 from vhost_user import transport
@@ -98,7 +98,7 @@ SYSCALLS = {
 # Every daemon's; what only some ports need they say themselves.
 AREAS: tuple[Mapping[str, str], ...] = (
     SYSCALLS, loop.SYSCALLS, logs.SYSCALLS, listen.SYSCALLS, sources.SYSCALLS, notify.SYSCALLS, service.SYSCALLS,
-    transport.SYSCALLS, backend.SYSCALLS, guestmem.SYSCALLS, pump.SYSCALLS)
+    transport.SYSCALLS, backend.SYSCALLS, state_transfer.SYSCALLS, guestmem.SYSCALLS, journal.SYSCALLS, pump.SYSCALLS)
 
 
 @dataclass
@@ -122,16 +122,17 @@ class Report:
                 f"{self.descriptors} descriptors")
 
 
-def enter(queue_pairs: int, needs: Iterable[Needs], sockets: Iterable[str]) -> Report:
+def enter(queue_pairs: int, needs: Iterable[Needs], removable: Iterable[str]) -> Report:
     """Give up what is not needed, for good; no thread may have been started.
 
-    queue_pairs: of all devices together. needs: of each port. sockets: paths that are to be removed at the end.
+    queue_pairs: of all devices together. needs: of each port. removable: paths of files that are to be removed
+    at the end.
     Raises OSError when rights could not be given up that this kernel does let one give up.
     """
     needs = list(needs)
     report = Report(descriptors=_limit(DESCRIPTORS + DESCRIPTORS_PER_PAIR * queue_pairs))
     seccomp.forbid_new_privileges()
-    directories = {os.path.dirname(os.path.abspath(path)) for path in sockets}
+    directories = {os.path.dirname(os.path.abspath(path)) for path in removable}
     try:
         report.landlock = landlock.restrict(directories, abstract_sockets=notify.is_abstract())
     except OSError as error:

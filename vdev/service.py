@@ -66,6 +66,7 @@ class Device(Protocol):
     """A device, as vdev/device.py has it."""
 
     port: Port
+    files: list[str]  # to be removed when it is closed
 
     def start_worker(self) -> None: ...
 

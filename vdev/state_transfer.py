@@ -21,6 +21,11 @@ TRANSFER_SECONDS = 5.0
 RETRY_SECONDS = 0.005
 _CHUNK = 1 << 16
 
+SYSCALLS = {
+    "pipe2": "a pipe of our own, which never blocks",
+    "splice": "between theirs and ours",
+}
+
 
 class Transfer:
     """One state on its way through pipe ``fd``, which it owns from now on. Raises StateError if it is no pipe.
