@@ -297,7 +297,7 @@ def test_public_things_are_documented() -> None:
 def named_files(text: str) -> set[str]:
     """Paths of this project that a document names, in running text and in code blocks."""
     return {path.rstrip(".") for path in
-            re.findall(r"(?<![\w/.])(?:ring|vhost_user|vdev|tools|tests|docs)/[\w./*-]+", text)}
+            re.findall(r"(?<![\w/.])(?:ring|vhost_user|vdev|tools|tests|docs)/[\w./*@-]+", text)}
 
 
 def test_documents_name_files_that_exist() -> None:
