@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from vdev.testing.daemon import Daemon
+from vdev.testing.daemon import VISIBLE, Daemon
 from vdev.testing.kept import FRAME, WAIT, KeptDaemon, Traced, arrives, ends, refused
 from vdev.testing.process import ProcessDied
 from vdev.testing.scripted import ScriptedGuest
@@ -210,7 +210,7 @@ runpy.run_module("vdev", run_name="__main__")
 
 def test_P19_descriptors_above_1023(tmp_path) -> None:
     path = str(tmp_path / "device.sock")
-    options = ["run", "--socket-path", path, "--port", "loopback:"]
+    options = ["run", "--socket-path", path, "--port", "loopback:", *VISIBLE]
     try:
         with (Daemon(options, program=["-c", MANY_DESCRIPTORS]) as crowded,
               ScriptedGuest.connect(path) as guest):

@@ -20,7 +20,7 @@ from vdev.daemon import fitted
 from vdev.errors import Failure
 from vdev.listen import peer_pid
 from vdev.ports.base import VNET_HEADER, Carries, Port
-from vdev.testing.daemon import as_plain_user
+from vdev.testing.daemon import VISIBLE, as_plain_user
 from vdev.testing.netns import Namespace, why_no_tap
 from vdev.testing.scripted import ScriptedGuest
 from vhost_user.frontend import FrontEnd
@@ -264,7 +264,7 @@ def test_nothing_but_an_inherited_socket_serves_with_a_new_tap_where_one_may_be_
 
 
 def test_F41_many_sessions_leave_nothing(start, path):
-    daemon = start("--socket-path", path, "--port", "loopback:", "-q")
+    daemon = start("--socket-path", path, "--port", "loopback:", "-q", *VISIBLE)
 
     def cycle():
         with ScriptedGuest.connect(path) as guest:

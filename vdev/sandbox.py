@@ -151,9 +151,15 @@ def enter(queue_pairs: int, needs: Iterable[Needs], removable: Iterable[str]) ->
 
 
 def _limit(descriptors: int) -> int:
-    """Bound what this process takes up and shows; -> how many descriptors it may have, never more than before."""
+    """Bound what this process takes up and shows; -> the limit of descriptors, never higher than it was.
+
+    A program that was started with many descriptors of others' gets as many beside those.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     checked(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    if 2 * highest > descriptors:
+        descriptors += highest + 1
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if soft == resource.RLIM_INFINITY or soft > descriptors:
         soft = descriptors

@@ -15,6 +15,9 @@ READY_SECONDS = 10
 WITHOUT_CAPABILITIES = ("setpriv", "--no-new-privs", "--securebits=+noroot", "--inh-caps=-all",
                         "--bounding-set=-all", "--")
 
+# Options of a daemon whose descriptors and mappings are to be looked at: the sandbox hides them from all but root.
+VISIBLE = () if os.geteuid() == 0 else ("--sandbox", "off")
+
 
 def as_plain_user(command: Sequence[str]) -> list[str]:
     """``command`` as a user without privileges runs it: root's capabilities are dropped, if it is root."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vdev.net.features import Feature, mask
-from vdev.testing.daemon import Daemon
+from vdev.testing.daemon import VISIBLE, Daemon
 from vdev.testing.netdriver import NetDriver
 from vdev.testing.scripted import ScriptedGuest
 from vhost_user.codec import encode
@@ -74,7 +74,7 @@ class KeptDaemon:
     def __init__(self, folder: Path) -> None:
         self.path, self.bystander = str(folder / "device.sock"), str(folder / "bystander.sock")
         self.daemon = Daemon([word for path in (self.path, self.bystander)
-                              for word in ("--device", f"socket={path},port=loopback:")])
+                              for word in ("--device", f"socket={path},port=loopback:")] + [*VISIBLE])
         for _ in range(3):
             self.serves()
         for path in (self.path, self.bystander):  # answered: the session before it is over
