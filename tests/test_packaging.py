@@ -85,6 +85,7 @@ def test_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if name.startswith("ring/_core.") and name.endswith(".so")]
     assert {"vdev/cli.py", "vhost_user/session.py", "ring/virtqueue.py"} <= set(names)
+    assert {"vdev/units/vdev@.service", "vdev/units/vdev@.socket"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ring", "vdev", "vhost_user"}
