@@ -94,6 +94,19 @@ def test_initramfs_has_what_init_needs(guest_image: ModuleType, modules: Path, t
     assert files["dev"][0] == 0o040755
 
 
+def test_initramfs_holds_a_whole_system_as_it_is(guest_image: ModuleType, tmp_path: Path) -> None:
+    busybox, system = tmp_path / "busybox", tmp_path / "system"
+    busybox.write_bytes(b"static")
+    (system / "usr/bin").mkdir(parents=True)
+    (system / "bin").symlink_to("usr/bin")
+    (system / "usr/bin/tool").write_bytes(b"tool")
+    (system / "usr/bin/tool").chmod(0o755)
+    files = _read_newc(guest_image.build_initramfs(busybox, [], [], system))
+    assert files["system/bin"] == (0o120777, b"usr/bin")
+    assert files["system/usr/bin/tool"] == (0o100755, b"tool")
+    assert files["system/usr/bin/guest-init"][1] == files["init"][1]
+
+
 def test_libraries_are_those_the_loader_would_take(guest_image: ModuleType) -> None:
     found = dict(guest_image.libraries(Path(sys.executable).resolve()))
     assert any("ld-linux" in name or "ld64" in name for name in found)
@@ -101,18 +114,19 @@ def test_libraries_are_those_the_loader_would_take(guest_image: ModuleType) -> N
 
 
 def test_only_the_newest_images_are_kept(guest_image: ModuleType, tmp_path: Path) -> None:
-    for age, name in enumerate(["newest", "new", "old", "older", "oldest"]):
+    for age, name in enumerate(["newest", "newer", "new", "old", "older", "oldest"]):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (0, 1_000_000 - age))
     (tmp_path / ".under-construction").mkdir()
     guest_image.forget_old(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"newest", "new", "old", ".under-construction"}
+    assert {path.name for path in tmp_path.iterdir()} == {"newest", "newer", "new", "old", ".under-construction"}
 
 
 def test_key_changes_with_what_is_copied(guest_image: ModuleType, tmp_path: Path) -> None:
     program = tmp_path / "iperf3"
     program.write_bytes(b"one")
     first = guest_image.content_key([program])
+    assert first != guest_image.content_key([program], systemd=True)
     assert first == guest_image.content_key([program])
     program.write_bytes(b"another")
     assert guest_image.content_key([program]) != first
