@@ -431,7 +431,7 @@ from vdev.ports.null import Null
 class Broken:
     port = Null(1)
 
-    def start(self):
+    def start_worker(self):
         pass
 
     def watches(self):

@@ -32,7 +32,7 @@ def inside(body, *arguments, needs=""):
         from vdev.ports.base import Needs
         libc = ctypes.CDLL(None, use_errno=True)
         status = open("/proc/self/status")
-        print(sandbox.enter(1, [NEEDS], []).missing, flush=True)
+        print(sandbox.enter(1, 0, [NEEDS], []).missing, flush=True)
         """).replace("NEEDS", needs) + textwrap.dedent(body)
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60,
                           check=False)
@@ -115,7 +115,7 @@ def test_F42_files_can_be_removed_only_beside_the_socket(tmp_path):
     body = """
         import os, sys
         from vdev import sandbox
-        assert not sandbox.enter(1, [], [sys.argv[2]]).missing
+        assert not sandbox.enter(1, 0, [], [sys.argv[2]]).missing
         os.unlink(sys.argv[2])
         os.unlink(sys.argv[1])
     """
@@ -168,7 +168,7 @@ def test_descriptors_that_were_passed_on_do_not_count():
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
         while (last := os.dup(0)) < 300:
             pass
-        print(sandbox.enter(1, [], []).descriptors - last, len([os.dup(0) for _ in range(64)]))
+        print(sandbox.enter(1, 0, [], []).descriptors - last, len([os.dup(0) for _ in range(64)]))
         """)
     assert subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60) == "98 64\n"
 
@@ -179,7 +179,7 @@ def test_a_limit_below_ours_is_kept():
         import resource
         resource.setrlimit(resource.RLIMIT_NOFILE, (50, 60))
         from vdev import sandbox
-        sandbox.enter(1, [], [])
+        sandbox.enter(1, 0, [], [])
         {body}
         """)
     assert subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60) == "50\n"
@@ -209,7 +209,7 @@ def test_what_a_kernel_does_not_have_is_told_and_the_rest_is_in_force():
         def absent(*_, **__):
             raise OSError(errno.ENOSYS, "Function not implemented")
         landlock.restrict = seccomp.install = absent
-        report = sandbox.enter(2, [], [])
+        report = sandbox.enter(2, 0, [], [])
         print(*report.missing, report, sep="\\n")
         """)
     lines = subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60).splitlines()

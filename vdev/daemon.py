@@ -180,7 +180,8 @@ class Daemon:
         paths += [path for device in devices for path in device.files]
         try:
             pairs = sum(port.carries.queue_pairs for port in ports)
-            report = sandbox.enter(pairs, [port.needs for port in ports], paths)
+            files = sum(device.memory_files for device in devices)
+            report = sandbox.enter(pairs, files, [port.needs for port in ports], paths)
         except OSError as error:
             raise Failure(f"the sandbox cannot be entered: {error.strerror.lower()}; --sandbox off does without"
                           ) from None

@@ -60,6 +60,11 @@ class Device:
         return Offer(features, protocol_features(features), rings=2 * pairs, queue_num=audience.queue_num(pairs),
                      max_mem_slots=MEM_SLOTS)
 
+    @property
+    def memory_files(self) -> int:
+        """How many files of guest memory stay open at most: none where their mappings are enough."""
+        return MEM_SLOTS if self._policy.keep_files else 0
+
     def start_worker(self) -> None:
         """Start the worker, which has nothing to do yet. Raises OSError, RingError."""
         self.engine.start_worker()

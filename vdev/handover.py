@@ -32,6 +32,19 @@ _HEADER = struct.Struct("<II")  # bytes of JSON, descriptors
 _TEXT_MAX = 64 << 20
 _LOT = 250
 
+# Of a process that hands over, or takes over, inside the sandbox: rule of vdev/seccomp.py -> reason.
+SYSCALLS = {
+    "sendto": "what is said",
+    "sendmsg": "descriptors",
+    "recvfrom": "what the other process says",
+    "recvmsg": "its descriptors",
+    "poll": "for as long as there is time",
+    "ppoll": "the same, on machines without poll",
+    "shutdown": "neither side can say anything any more",
+    "getsockopt": "Python asks what kind of socket it was given",
+    "getsockname": "the same",
+}
+
 
 class HandoverError(Exception):
     """The hand-over cannot go on. The text is one line: why, and what to do."""

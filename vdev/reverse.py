@@ -27,6 +27,12 @@ from vhost_user.wire import U64_LAYOUT
 Answered = Callable[[bool], None]  # told whether the front-end did what was asked
 WAITING_MAX = 4096  # answers outstanding; there are fewer, unless the front-end does not answer at all
 
+SYSCALLS = {
+    "epoll_ctl": "a channel comes and goes",
+    "fstat": "what kind of channel it is",
+    "write": "requests, where it is a pipe",
+}
+
 
 class ReverseChannel:
     """Requests to the front-end of the present session, if it gave a channel."""

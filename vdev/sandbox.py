@@ -27,7 +27,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ring import guestmem, journal, pump
-from vdev import backend, capabilities, landlock, listen, logs, loop, notify, seccomp, service, sources, state_transfer
+from vdev import (
+    backend, capabilities, handover, landlock, listen, logs, loop, notify, reverse, seccomp, service, sources,
+    state_transfer,
+)
 from vdev.ports.base import Needs
 from vdev.syscalls import checked, libc
 from vhost_user import transport
@@ -98,7 +101,8 @@ SYSCALLS = {
 # Every daemon's; what only some ports need they say themselves.
 AREAS: tuple[Mapping[str, str], ...] = (
     SYSCALLS, loop.SYSCALLS, logs.SYSCALLS, listen.SYSCALLS, sources.SYSCALLS, notify.SYSCALLS, service.SYSCALLS,
-    transport.SYSCALLS, backend.SYSCALLS, state_transfer.SYSCALLS, guestmem.SYSCALLS, journal.SYSCALLS, pump.SYSCALLS)
+    transport.SYSCALLS, backend.SYSCALLS, state_transfer.SYSCALLS, reverse.SYSCALLS, handover.SYSCALLS,
+    guestmem.SYSCALLS, journal.SYSCALLS, pump.SYSCALLS)
 
 
 @dataclass
@@ -122,15 +126,15 @@ class Report:
                 f"{self.descriptors} descriptors")
 
 
-def enter(queue_pairs: int, needs: Iterable[Needs], removable: Iterable[str]) -> Report:
+def enter(queue_pairs: int, files: int, needs: Iterable[Needs], removable: Iterable[str]) -> Report:
     """Give up what is not needed, for good; no thread may have been started.
 
-    queue_pairs: of all devices together. needs: of each port. removable: paths of files that are to be removed
-    at the end.
+    queue_pairs: of all devices together. files: how many of memory may stay open, of all devices together. needs: of
+    each port. removable: paths of files that are to be removed at the end.
     Raises OSError when rights could not be given up that this kernel does let one give up.
     """
     needs = list(needs)
-    report = Report(descriptors=_limit(DESCRIPTORS + DESCRIPTORS_PER_PAIR * queue_pairs))
+    report = Report(descriptors=_limit(DESCRIPTORS + DESCRIPTORS_PER_PAIR * queue_pairs + files))
     seccomp.forbid_new_privileges()
     directories = {os.path.dirname(os.path.abspath(path)) for path in removable}
     try:

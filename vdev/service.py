@@ -67,6 +67,7 @@ class Device(Protocol):
 
     port: Port
     files: list[str]  # to be removed when it is closed
+    memory_files: int
 
     def start_worker(self) -> None: ...
 

@@ -108,8 +108,8 @@ class Takeover:
                           "trust; run it as the same user")
 
     def adopt(self, enter_sandbox: EnterSandbox) -> Everything:
-        """Rehearse, and then take everything over. In between, while frames still move, ``enter_sandbox`` is called with
-        the devices and the listeners of the rehearsal. Raises Failure; the other daemon goes on then."""
+        """Rehearse, and then take everything over. In between, while frames still move, ``enter_sandbox`` gets the
+        devices and the listeners of the rehearsal. Raises Failure; the other daemon goes on then."""
         try:
             self._channel.budget(ANSWER_SECONDS)
             self._channel.send("hello")
