@@ -109,6 +109,22 @@ class SharedFile:
             raise _refuse(f"{where}: cannot be mapped ({reason}{hint})")
         self._hva, self._base, self._length = hva[0], base[0], length[0]
 
+    @property
+    def address(self) -> int:
+        """Where the first byte lies in this process."""
+        return int(ffi.cast("uintptr_t", self._hva))
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(address, bytes) of the whole mapping: ``size`` bytes and what fills their pages up."""
+        return int(ffi.cast("uintptr_t", self._base)), self._length
+
+    def sever(self, empty: int) -> None:
+        """Put ``empty``, a file without a byte, in its place for whoever uses it: a touch then ends as if the front-end
+        had truncated its own. Raises OSError."""
+        if lib.guestmem_sever(self._base, self._length, empty) < 0:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+
     def close(self) -> None:
         """Unmap. No queue and no pump may use it any more."""
         if self._base is not None:

@@ -108,6 +108,7 @@ def test_installed_command_works_without_the_source(installed: Path, tmp_path: P
 def test_wheel_passes_the_unit_tests_from_an_empty_directory(installed: Path, sdist: Path, tmp_path: Path) -> None:
     """The tests of the sdist, away from its sources, against the installed wheel."""
     shutil.copytree(sdist / "tests", tmp_path / "tests")
+    shutil.copytree(sdist / "docs", tmp_path / "docs")  # some tests compare a table there with the code
     shutil.copy(sdist / "pyproject.toml", tmp_path)  # pytest's options
     record = tmp_path / "results.json"
     run(installed / "pytest", "-q", "--numprocesses=auto", "--results", record,

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(120)
 MAC = bytes.fromhex("525400123456")
 REPLY_ACK = protocol_mask(ProtocolFeature.REPLY_ACK)
 # Of features that are not offered, with a payload of the right length.
-POSTCOPY = {Request.POSTCOPY_ADVISE: 0, Request.POSTCOPY_LISTEN: 0, Request.POSTCOPY_END: 0}
+POSTCOPY = {Request.POSTCOPY_LISTEN: 0}  # those that have no answer
 OTHERS = {Request.SET_VRING_ENDIAN: 8}
 
 
@@ -132,6 +132,13 @@ def test_P61_translations_for_a_driver_without_an_iommu(daemon) -> None:
                 assert U64_LAYOUT.decode(reply.payload).value == 1
         assert traced.closed()
         assert front_end.get_features()
+
+
+def test_P61_postcopy_that_was_not_offered_where_it_has_an_answer(daemon) -> None:
+    with daemon.agreed(protocol_features=REPLY_ACK) as front_end:
+        end = front_end.request(Request.POSTCOPY_END, answered=True)
+        assert U64_LAYOUT.decode(end.payload) == U64(1)
+        assert ends(front_end, encode(Request.POSTCOPY_ADVISE))
 
 
 def test_P98_channel_for_our_requests_comes_again(daemon) -> None:

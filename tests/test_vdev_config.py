@@ -47,12 +47,12 @@ def test_everything_on_the_command_line():
     config = configure(
         "--socket-path=/run/x.sock", "--port", "tap:v0,ip=10.0.0.1/24,bridge=br0", "--queue-pairs", "4",
         "--features", "-mrg_rxbuf,+csum", "--personality", "full", "--socket-group", "kvm", "--socket-mode", "600",
-        "--one-off", "--ready-fd", "7", "--log-format", "json", "-v")
+        "--postcopy", "--one-off", "--ready-fd", "7", "--log-format", "json", "-v")
     assert config == DaemonConfig(
         devices=(DeviceConfig("net0", socket_path="/run/x.sock", socket_group="kvm", socket_mode=0o600,
                               port=parse_port("tap:v0,ip=10.0.0.1/24,bridge=br0"), queue_pairs=4,
                               features=FeatureEdit(mask(Feature.CSUM), mask(Feature.MRG_RXBUF)),
-                              personality="full"),),
+                              personality="full", postcopy=True),),
         one_off=True, ready_fd=7, log_format="json", log_level="debug")
 
 
@@ -156,11 +156,11 @@ def test_all_mistakes_are_listed_with_their_place(file):
     assert found == [
         f"{place}log-format yaml: must be one of text, json",
         f"{place}nonsense: unknown key; known: one-off, sandbox, log-format, log-level, upgrade-path, client, "
-        "socket-group, socket-mode, queue-pairs, features, personality",
+        "socket-group, socket-mode, queue-pairs, features, personality, postcopy",
         "--ready-fd x: must be a number from 0 to 1048575",
         f"{place}device 1: queue-pairs 0: must be a number from 1 to {QUEUE_PAIRS_MAX}",
         f"{place}device 1: prot: unknown key; known: name, socket, fd, client, socket-group, socket-mode, port, "
-        "queue-pairs, features, personality",
+        "queue-pairs, features, personality, postcopy",
         f"{place}device 1: features ['mrg_rxbuf']: 'mrg_rxbuf' needs a sign: +mrg_rxbuf to offer it, -mrg_rxbuf "
         "not to",
         f"{place}device 2: two sockets, of which only one can be: give socket=PATH or fd=N",
@@ -227,7 +227,7 @@ def test_device_table_written_otherwise(file, text):
     (["--device", "socket=/a,socket=/b"], "--device socket=/a,socket=/b: socket= is given twice; give it once"),
     (["--device", "socket=/a,color=red"],
      "--device socket=/a,color=red: color: unknown key; known: name, socket, fd, client, socket-group, "
-     "socket-mode, port, queue-pairs, features, personality"),
+     "socket-mode, port, queue-pairs, features, personality, postcopy"),
     (["--device", "port=null:"], "--device port=null:: no socket: give socket=PATH or fd=N"),
     (["--device", "socket=/a,client=maybe"],
      "--device socket=/a,client=maybe: client maybe: must be on or off (true or false in a file)"),

@@ -46,12 +46,13 @@ def handed(export):
 ELSEWHERE = {
     Backend: {"session", "engine", "port", "log",  # made anew
               "_last_rarp",  # 20 ms later it means nothing
-              "dirty", "iommu",  # nothing is handed over while a guest is being migrated, or behind an IOMMU
+              # nothing is handed over while a guest is being migrated, either way, or behind an IOMMU
+              "dirty", "postcopy", "iommu",
               "_abandoned"},  # a device whose worker is stuck has no session
     SessionState: {"_engine", "_port", "_session", "_log", "_transfer"},
     Connection: {"_log", "_transport", "_session"},
     Engine: {"port", "features", "mtu", "watch_kicks",  # as the session's state says
-             "abandoned", "_depth", "_lanes", "_attached", "report_fd", "_pump",  # of this process
+             "abandoned", "patience", "_depth", "_lanes", "_attached", "report_fd", "_pump",  # of this process
              "_carried"},  # counters
 }
 

@@ -36,7 +36,7 @@ REPLY_ACK = mask(ProtocolFeature.REPLY_ACK)
 PROTOCOL = REPLY_ACK | mask(ProtocolFeature.MQ, ProtocolFeature.RARP, ProtocolFeature.MTU,
                             ProtocolFeature.BACKEND_REQ, ProtocolFeature.RESET_DEVICE,
                             ProtocolFeature.CONFIGURE_MEM_SLOTS, ProtocolFeature.STATUS,
-                            ProtocolFeature.LOG_SHMFD, ProtocolFeature.DEVICE_STATE)
+                            ProtocolFeature.LOG_SHMFD, ProtocolFeature.DEVICE_STATE, ProtocolFeature.PAGEFAULT)
 OFFER = Offer(FEATURES, PROTOCOL, rings=4, queue_num=2, max_mem_slots=3)
 REGION = Region(0x100000, 0x100000, 0x7F0000000000, 0)
 ADDR = VringAddr(0, 0, 0x7F0000000000, 0x7F0000003000, 0x7F0000002000, 0)
@@ -133,10 +133,15 @@ def test_unknown_requests(session, number):
 
 
 @pytest.mark.parametrize("kind", [
-    Request.POSTCOPY_ADVISE, Request.POSTCOPY_LISTEN, Request.POSTCOPY_END, Request.SET_VRING_ENDIAN,
-    Request.GET_CONFIG, Request.SET_CONFIG])
+    Request.SET_VRING_ENDIAN, Request.GET_CONFIG, Request.SET_CONFIG])
 def test_P61_P99_requests_of_features_that_are_not_offered(session, kind):
     refuse(session, kind, bytes(32), fds=1, match=f"^{kind.name}: .* was not offered")
+
+
+def test_P61_postcopy_that_was_not_negotiated():
+    session = Session(OFFER)
+    do(session, Request.SET_PROTOCOL_FEATURES, U64(REPLY_ACK))
+    refuse(session, Request.POSTCOPY_LISTEN, match="PAGEFAULT was not negotiated")
 
 
 def test_P96_inflight_areas_are_not_offered(session):
@@ -160,8 +165,8 @@ def test_P28_features_change_on_a_running_device(started):
 
 
 def test_P29_protocol_features_that_were_not_offered(session):
-    refuse(session, Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL | mask(ProtocolFeature.PAGEFAULT, 40)),
-           match="PAGEFAULT, bit 40 was not offered")
+    refuse(session, Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL | mask(ProtocolFeature.SHMEM, 40)),
+           match="SHMEM, bit 40 was not offered")
 
 
 def test_VU_FEAT_B_10_in_band_notifications_are_not_offered(session):

@@ -32,8 +32,10 @@ from vdev.logs import EventLog
 from vdev.memory import SessionMemory
 from vdev.net.features import Feature, mask, names
 from vdev.ports.base import Port, PortError
+from vdev.postcopy import Arrivals, CutOff, SessionPostcopy
 from vdev.reverse import ReverseChannel
 from vdev.session_state import SessionState
+from vhost_user.requests import MEMORY_KNOWN
 from vhost_user.session import Accepted, Result, Session
 from vhost_user.spec import STATE_NOFD, IotlbType, ProtocolFeature, Request
 from vhost_user.state import Notifier, State
@@ -56,16 +58,22 @@ def _is_eventfd(fd: int) -> bool:
     return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
 
 
+def _close(queues: dict[int, VirtQueue]) -> None:
+    for queue in queues.values():
+        queue.close()
+
+
 class Backend:
     """Handles the requests of one session. Owns the memory and descriptors that came with them."""
 
     def __init__(self, session: Session, engine: Engine, port: Port, log: EventLog, reverse: ReverseChannel,
-                 policy: Policy = DEFAULT_POLICY):
+                 policy: Policy = DEFAULT_POLICY, arrivals: Arrivals | None = None):
         self.session = session
         self.engine = engine
         self.port = port
         self.log = log
         self.memory = SessionMemory(engine, policy)
+        self.postcopy = SessionPostcopy(arrivals, engine, self.memory, log)
         self.dirty = SessionLog(log)
         self.state = SessionState(engine, port, session, log)
         self._stopped_at: dict[int, int] = {}  # bases of rings that SET_STATUS 0 stopped
@@ -88,14 +96,14 @@ class Backend:
         for index in [ring for ring in self._answered if not self.session.state.resumable(ring)]:
             self.engine.forget(index)
             self._answered.discard(index)
-        handler = _HANDLERS.get(request.kind)
+        handler = Backend._memory_known if request.row is MEMORY_KNOWN else _HANDLERS.get(request.kind)
         try:
             if handler is None:
                 self._settle(self.session.after(request))
-            value = handler(self, request) if handler is not None else None
+            answer = handler(self, request) if handler is not None else None
             self.iommu.ask(self.session.state)
-            return Result.ok(value)
-        except (SetupError, PortError, StateError, _Refuse) as reason:
+            return answer if isinstance(answer, Result) else Result.ok(answer)
+        except (SetupError, PortError, StateError, CutOff, _Refuse) as reason:
             return Result.refused(str(reason))
         except OSError as error:
             return Result.refused(f"{os.strerror(error.errno).lower()}; vdev ran out of a resource")
@@ -106,15 +114,31 @@ class Backend:
         gpa_addresses = self.session.state.has(ProtocolFeature.GPA_ADDRESSES)
         return replace(region, uva=region.gpa) if gpa_addresses else region
 
-    def _set_mem_table(self, request: Accepted) -> None:
+    def _set_mem_table(self, request: Accepted) -> tuple[int, ...] | None:
+        self._expect_memory(request)
         fds = [request.fds[i] for i in range(len(request.fds))]
         regions = tuple(self._addressed(region) for region in request.payload.regions)
         self._change_memory(lambda: self.memory.replace(regions, fds))
+        return self.postcopy.addresses(regions)
 
-    def _add_mem_reg(self, request: Accepted) -> None:
+    def _add_mem_reg(self, request: Accepted) -> int | None:
+        self._expect_memory(request)
+        region = self._addressed(request.payload)
         # QEMU before 8.0 adds and removes all memory once for each queue pair; the session counts.
         if request.payload not in self.session.regions:
-            self._change_memory(lambda: self.memory.add(self._addressed(request.payload), request.fds[0]))
+            self._change_memory(lambda: self.memory.add(region, request.fds[0]))
+        addresses = self.postcopy.addresses([region])
+        return addresses and addresses[0]
+
+    def _expect_memory(self, request: Accepted) -> None:
+        """Memory comes with ``request``. In postcopy no ring runs from here on until the front-end knows of it."""
+        self.postcopy.check(request.fds)
+        if self.session.state.listening:
+            self._settle(self.session.after(request))
+
+    def _memory_known(self, request: Accepted) -> None:
+        self.postcopy.known()
+        self._settle(self.session.after(request))
 
     def _rem_mem_reg(self, request: Accepted) -> None:
         left = self.session.after(request).regions
@@ -169,6 +193,10 @@ class Backend:
     def _check_device_state(self, request: Accepted) -> int:
         self.state.check()
         return 0
+
+    def _postcopy_end(self, request: Accepted) -> None:
+        self.postcopy.end()
+        self._settle(self.session.after(request))
 
     def _set_vring_base(self, request: Accepted) -> None:
         self._stopped_at.pop(request.payload.index, None)
@@ -245,7 +273,7 @@ class Backend:
                 and settings == (engine.features, engine.mtu, engine.watch_kicks)
                 and all(engine.rings[index].marks == wish for index, wish in marks.items())):
             return
-        fresh = self._build(state, wanted - running)
+        fresh = self.postcopy.bounded(lambda: self._build(state, wanted - running), _close)
         forgotten: list[int] = []
         try:
             with engine.paused():
@@ -267,8 +295,7 @@ class Backend:
                         ring.kick = -1
                 engine.features, engine.mtu, engine.watch_kicks = features, mtu, parked
         except (PortError, EngineStuck):
-            for queue in fresh.values():
-                queue.close()
+            _close(fresh)
             raise
         for fd in forgotten:
             os.close(fd)
@@ -302,8 +329,7 @@ class Backend:
                 # a ring that we stopped ourselves goes on from there, which is no news
                 self._take_over(index, fresh[index], self._stopped_at.get(index, self._told.get(index, ring.base)))
         except (_Refuse, MemoryGone):
-            for queue in fresh.values():
-                queue.close()
+            _close(fresh)
             raise
         return fresh
 
@@ -425,6 +451,7 @@ class Backend:
     def close(self) -> None:
         """End of the session: nothing of it is left in the engine, the port or the file table."""
         self.state.close()
+        self.postcopy.close()
         fds = self._ring_fds()
         try:
             self.engine.reset()
@@ -455,7 +482,7 @@ def settings_of(state: State) -> tuple[int, int, bool]:
     return state.features & ~mask(Feature.LOG_ALL), mtu, parked
 
 
-_HANDLERS: dict[Request, Callable[[Backend, Accepted], int | None]] = {
+_HANDLERS: dict[Request, Callable[[Backend, Accepted], object]] = {
     Request.SET_MEM_TABLE: Backend._set_mem_table,
     Request.ADD_MEM_REG: Backend._add_mem_reg,
     Request.REM_MEM_REG: Backend._rem_mem_reg,
@@ -464,6 +491,9 @@ _HANDLERS: dict[Request, Callable[[Backend, Accepted], int | None]] = {
     Request.SET_LOG_FD: Backend._set_log_fd,
     Request.SET_DEVICE_STATE_FD: Backend._set_device_state_fd,
     Request.CHECK_DEVICE_STATE: Backend._check_device_state,
+    Request.POSTCOPY_ADVISE: lambda backend, _: Result.ok(fds=(backend.postcopy.advise(),)),
+    Request.POSTCOPY_LISTEN: lambda backend, _: backend.postcopy.listen(),
+    Request.POSTCOPY_END: Backend._postcopy_end,
     Request.SET_VRING_BASE: Backend._set_vring_base,
     Request.GET_VRING_BASE: Backend._get_vring_base,
     Request.SET_VRING_KICK: Backend._set_vring_kick,

@@ -29,7 +29,7 @@ class BackendPart:
 def export(backend: Backend, put: Put) -> BackendPart:
     """What another process needs to go on with this session, beside the engine's part. Raises HandoverError, also
     while the guest is being migrated."""
-    if backend.dirty.on or backend.state.deadline is not None:
+    if backend.dirty.on or backend.state.deadline is not None or backend.postcopy.arriving:
         raise HandoverError("a guest is being migrated; try again when that is over")
     if backend.iommu.on(backend.session.state):
         raise HandoverError("a guest's driver is behind an IOMMU, whose translations are not handed over; restart "

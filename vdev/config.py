@@ -43,6 +43,7 @@ class DeviceConfig:
     port: None for the default one.
     queue_pairs: 1 to QUEUE_PAIRS_MAX; None for what suits the port.
     personality: what kind of front-end to expect, of vdev.net.offer.PERSONALITIES.
+    postcopy: guests may arrive by postcopy; see vdev/postcopy.py for what that gives the front-end.
     """
 
     name: str
@@ -55,6 +56,7 @@ class DeviceConfig:
     queue_pairs: int | None = None
     features: FeatureEdit = FeatureEdit()
     personality: str = PERSONALITIES[0]
+    postcopy: bool = False
 
     def __str__(self) -> str:
         """The socket as the ``ready`` line gives it."""
@@ -160,9 +162,10 @@ DEVICE_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "queue-pairs": ("queue_pairs", queue_pairs),
     "features": ("features", _features),
     "personality": ("personality", _choice(*PERSONALITIES)),
+    "postcopy": ("postcopy", _flag),
 }
 # those that may also be given once for all devices
-SHARED_KEYS = ("client", "socket-group", "socket-mode", "queue-pairs", "features", "personality")
+SHARED_KEYS = ("client", "socket-group", "socket-mode", "queue-pairs", "features", "personality", "postcopy")
 
 PROCESS_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "one-off": ("one_off", _flag),

@@ -22,7 +22,7 @@ from vhost_user.codec import Begun, Message
 from vhost_user.errors import Close, Disconnected, Nack
 from vhost_user.session import Session
 from vhost_user.spec import Request
-from vhost_user.state import Notifier, Offer, State
+from vhost_user.state import Notifier, Offer, Postcopy, State
 from vhost_user.transport import Transport
 
 # A ring asked for its base while others run is started again, but not before the front-end had time to stop
@@ -110,11 +110,12 @@ class Connection:
                 request.fds.close()
                 raise Close(f"{request}: {_VANISHED}") from None
             reply = self._session.answer(request, result)
+            fds = result.fds
         except Nack as no:
             self._log.peer(logging.WARNING, "refused-request", str(no))
-            reply = no.reply
+            reply, fds = no.reply, ()
         if reply is not None:
-            self._transport.send(reply)
+            self._transport.send(reply, fds)
 
     def on_deadline(self) -> None:
         """Something is due: half a message, a parked ring, a lost port, the device's state."""
@@ -173,8 +174,9 @@ class Connection:
         """What another process needs to go on with this session. Raises HandoverError."""
         begun = self._transport.begun
         begun = replace(begun, fds=tuple(map(put, begun.fds)))
-        # A log that is not written to is left behind: the next migration begins with one of its own.
-        state = replace(self._session.state, log=None)
+        # A log that is not written to is left behind, the next migration begins with one of its own; and so is postcopy
+        # that was announced and never came.
+        state = replace(self._session.state, log=None, postcopy=Postcopy.OFF)
         return ConnectionPart(begun, self._transport.deadline, self._offer is None, self._session.offer, state,
                               self._resume_at, self._port_retry_at, backend_handover.export(self._backend, put))
 

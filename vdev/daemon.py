@@ -54,6 +54,7 @@ def _open_device(config: DeviceConfig, log: EventLog, upgradable: bool = False) 
         from vdev.journal import open_journal
         from vdev.ports import PortError, open_port
         from vdev.ports.tap import Tap
+        from vdev.postcopy import open_arrivals
     except ImportError as error:
         raise Failure(f"vdev is not complete here: {error}") from None
 
@@ -66,7 +67,8 @@ def _open_device(config: DeviceConfig, log: EventLog, upgradable: bool = False) 
         default = port.carries.queue_pairs if isinstance(port, Tap) else 1
         settled = fitted(config, port, default)
         policy = replace(DEFAULT_POLICY, keep_files=upgradable)
-        return Device(config.name, port, settled, log, open_journal(settled, log), policy)
+        return Device(config.name, port, settled, log, open_journal(settled, log), policy,
+                      open_arrivals() if config.postcopy else None)
     except BaseException as error:
         port.close()
         if isinstance(error, RingError | OSError | MemoryError):

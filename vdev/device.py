@@ -17,6 +17,7 @@ from vdev.net.features import names
 from vdev.net.offer import Audience, protocol_features, virtio_features
 from vdev.ports import adopt_port
 from vdev.ports.base import Port, PortPart
+from vdev.postcopy import Arrivals, ArrivalsPart
 from vdev.reverse import ReverseChannel
 from vhost_user.session import Session
 from vhost_user.spec import Request
@@ -33,15 +34,18 @@ class DevicePart:
     port: PortPart
     engine: EnginePart
     connection: ConnectionPart | None
+    arrivals: ArrivalsPart | None
 
 
 class Device:
-    """Lives as long as the daemon; takes over ``port`` and ``journal``. ``config.queue_pairs`` is set and suits it."""
+    """Lives as long as the daemon; takes over ``port``, ``journal`` and ``arrivals`` (None: no postcopy).
+    ``config.queue_pairs`` is set and suits it."""
 
     def __init__(self, name: str, port: Port, config: DeviceConfig, log: EventLog, journal: Journal | None = None,
-                 policy: Policy = DEFAULT_POLICY):
+                 policy: Policy = DEFAULT_POLICY, arrivals: Arrivals | None = None):
         self.name = name
         self.files = [journal.path] if journal is not None else []  # to be removed at the end
+        self._arrivals = arrivals
         self.port = port
         self.config = config
         self._log = log
@@ -57,8 +61,8 @@ class Device:
         pairs = self.config.queue_pairs
         audience = Audience(self.config.personality, owner_first=opening == Request.SET_OWNER)
         features = virtio_features(self.port.carries, pairs, self.config.features.remove | audience.withheld)
-        return Offer(features, protocol_features(features), rings=2 * pairs, queue_num=audience.queue_num(pairs),
-                     max_mem_slots=MEM_SLOTS)
+        return Offer(features, protocol_features(features, self._arrivals is not None), rings=2 * pairs,
+                     queue_num=audience.queue_num(pairs), max_mem_slots=MEM_SLOTS)
 
     @property
     def memory_files(self) -> int:
@@ -75,7 +79,7 @@ class Device:
         return self._connection
 
     def _backend_of(self, session: Session) -> Backend:
-        return Backend(session, self.engine, self.port, self._log, self._reverse, self._policy)
+        return Backend(session, self.engine, self.port, self._log, self._reverse, self._policy, self._arrivals)
 
     def watches(self) -> list[tuple[int, Callable[[], None]]]:
         """(descriptor, callback when it is readable) pairs; a callback raises PeerError to end the session."""
@@ -102,7 +106,8 @@ class Device:
         HandoverError."""
         connected = self._connection is not None and self._connection.fileno() >= 0
         return DevicePart(self.port.export(put), self.engine.export(put),
-                          self._connection.export(put) if connected else None)
+                          self._connection.export(put) if connected else None,
+                          self._arrivals and self._arrivals.export(put))
 
     @classmethod
     def adopt(cls, part: DevicePart, config: DeviceConfig, log: EventLog, policy: Policy,
@@ -114,7 +119,8 @@ class Device:
             journal = given and Journal(given[0], 2 * config.queue_pairs, take(given[1]))
         except JournalError as error:
             raise HandoverError(f"{config.name}: {error}") from None
-        device = cls(config.name, adopt_port(part.port, take), config, log, journal, policy)
+        arrivals = part.arrivals and Arrivals.adopt(part.arrivals, take)
+        device = cls(config.name, adopt_port(part.port, take), config, log, journal, policy, arrivals)
         device.engine.adopt(part.engine, take)
         given = part.connection
         if given is not None:
@@ -143,12 +149,16 @@ class Device:
         self.engine.let_go()
         self._reverse.close()
         self.port.let_go()
+        if self._arrivals is not None:
+            self._arrivals.close()
 
     def close(self) -> None:
         """Release engine and port; no session may be left."""
         self.engine.close()
         self._reverse.close()
         self.port.close()
+        if self._arrivals is not None:
+            self._arrivals.close()
 
 
 def _less(offered: Offer, before: Offer) -> str:

@@ -24,6 +24,9 @@ from vdev.handover import Put, Take
 from vdev.ports.base import Port
 
 
+PATIENCE = 0.1  # seconds: a worker lets go after a burst
+
+
 class EngineStuck(Exception):
     """A worker did not leave the device in time: its memory cannot be unmapped, the session must end."""
 
@@ -99,6 +102,7 @@ class Engine:
         self.watch_kicks = False
         self.lost_while_away = [0] * len(self.rings)  # chains a front-end completed while no back-end was there
         self.abandoned = 0  # how often a worker got stuck
+        self.patience = PATIENCE  # seconds that a worker may take to let go
         self._depth = 0
         self._lanes = [Lane() for _ in range(queue_pairs)]
         self._attached: set[Lane] = set()
@@ -120,7 +124,7 @@ class Engine:
         if self._depth == 0:
             for lane in list(self._attached):
                 try:
-                    self._pump.detach(lane)
+                    self._pump.detach(lane, int(1000 * self.patience))
                 except QueueBusy as busy:
                     self._abandon()
                     raise EngineStuck(f"a worker thread did not leave the device: {busy}") from None

@@ -94,6 +94,24 @@ class SessionMemory:
                 self._mappings.append(self._map(shared.region, fds[0]))
         self.table = self._owner.table(self._mappings) if self._mappings else None
 
+    def address(self, region: Region) -> int:
+        """Where we have ``region``, which is shared."""
+        return next(m.address for m in self._mappings if m.covers(region.gpa, region.uva, region.size))
+
+    def extents(self) -> list[tuple[int, int]]:
+        """(address, bytes) of all that is mapped, in whole pages."""
+        return [mapping.extent for mapping in self._mappings]
+
+    def identities(self) -> set[tuple[int, int]]:
+        """(device, inode) of the files."""
+        return {mapping.identity for mapping in self._mappings}
+
+    def sever(self, empty: int) -> None:
+        """Take the memory away from whoever uses it, as if the front-end had; ``empty``: a file without a byte. Raises
+        OSError."""
+        for mapping in self._mappings:
+            mapping.sever(empty)
+
     def close(self) -> None:
         """Unmap everything. No ring may be left."""
         _close(self._mappings)

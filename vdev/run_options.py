@@ -56,6 +56,8 @@ def parser(prog: str, verbs: str = "") -> Parser:
     device("--personality", metavar="|".join(PERSONALITIES),
            help=f"what the front-end is: QEMU's net device, or one that leaves the whole device to vdev "
                 f"(default: {PERSONALITIES[0]})")
+    device("--postcopy", action="store_const", const=True,
+           help="let guests arrive by postcopy migration; the front-end must be trusted as vdev itself")
     device("--client", action="store_const", const=True,
            help="connect to PATH, where the front-end listens, and try again for ever")
     device("--socket-group", metavar="GROUP",

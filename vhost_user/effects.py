@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from .spec import VirtioBit
-from .state import Event, Notifier, State
+from .state import Event, Notifier, Postcopy, State
 from .wire import U64, Log, MemTable, Region, VringAddr, VringFd, VringState
 
 Effect = Callable[[State, Any, Any], State]
@@ -46,6 +46,23 @@ def rem_mem_reg(state: State, payload: Region, _body: Any) -> State:
     return replace(state, regions=tuple(regions))
 
 
+def postcopy_advise(state: State, _payload: Any, _body: Any) -> State:
+    return replace(state, postcopy=Postcopy.ADVISED)
+
+
+def postcopy_listen(state: State, _payload: Any, _body: Any) -> State:
+    return replace(state, postcopy=Postcopy.LISTENING)
+
+
+def postcopy_end(state: State, _payload: Any, _body: Any) -> State:
+    return replace(state, postcopy=Postcopy.OFF)
+
+
+def told(effect: Effect) -> Effect:
+    """``effect`` on guest memory, after which the front-end has to say that it knows where we have that memory."""
+    return lambda state, payload, body: replace(effect(state, payload, body), postcopy=Postcopy.TELLING)
+
+
 def set_log_base(state: State, payload: Log, _body: Any) -> State:
     return replace(state, log=payload)
 
@@ -61,11 +78,12 @@ def net_set_mtu(state: State, payload: U64, _body: Any) -> State:
 
 
 def reset_device(state: State, _payload: Any, _body: Any) -> State:
-    # Guest memory, the log, call and err eventfds and protocol features belong to the session, not to the device:
-    # a front-end does not send them again.
+    # Guest memory, the log, call and err eventfds, protocol features and how the guest came here belong to the session,
+    # not to the device: a front-end does not send them again.
     rings = tuple(replace(ring, num=0, addr=None, base=0, kick=Notifier.UNSET)
                   for ring in state.all_rings(Event.RESET).rings)
-    return State(rings, protocol_features=state.protocol_features, regions=state.regions, log=state.log)
+    return State(rings, protocol_features=state.protocol_features, regions=state.regions, log=state.log,
+                 postcopy=state.postcopy)
 
 
 def set_vring_num(state: State, payload: VringState, _body: Any) -> State:

@@ -4,7 +4,7 @@ A request is judged by its row and by nothing else. Those without a row go throu
 refused with the reason given in NOT_HANDLED.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from .errors import Refused
 from .rules import Rule
 from .spec import FDS_MAX, STATE_NOFD, ProtocolFeature, Request, VirtioBit
 from .state import Event, Offer, State
-from .wire import U64, VringState
+from .wire import U64, MemTable, Region, VringState
 
 Gate = Callable[[Offer, State], None]
 
@@ -54,7 +54,7 @@ def _access_platform(_offer: Offer, state: State) -> None:
 
 
 # Where the body of a reply comes from, for rows that have one: the session itself, or the device.
-Source = Callable[[Offer, State], U64]
+Source = Callable[[Offer, State], Any]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Row:
     effect   what changes when it was accepted and done
     reply    layout of its answer; None: it is answered only where need_reply asks for an acknowledgement
     source   gives the body of the answer, where the session knows it
-    body     makes it of the payload and the number that the device answered, where only the device knows
+    body     makes it of the payload and what the device answered, where only the device knows
     refusal  the body of the answer that says no; None: the answer has no room for it
     acked    is acknowledged whether need_reply asks for it or not
     """
@@ -82,7 +82,7 @@ class Row:
     effect: Effect = effects.nothing
     reply: wire.Layout | None = None
     source: Source | None = None
-    body: Callable[[Any, int], Any] | None = None
+    body: Callable[[Any, Any], Any] | None = None
     refusal: Any = None
     acked: bool = False
 
@@ -104,9 +104,18 @@ def _own_u64(value: Callable[[Offer, State], int]) -> Source:
     return lambda offer, state: U64(value(offer, state))
 
 
+def _region_base(payload: Region, address: int) -> Region:
+    return replace(payload, uva=address)
+
+
+def _table_bases(payload: MemTable, addresses: Sequence[int]) -> MemTable:
+    return MemTable(tuple(map(_region_base, payload.regions, addresses)))
+
+
 _SLOTS = _negotiated(ProtocolFeature.CONFIGURE_MEM_SLOTS)
 _STATUS = _negotiated(ProtocolFeature.STATUS)
 _DEVICE_STATE = _negotiated(ProtocolFeature.DEVICE_STATE)
+_PAGEFAULT = _negotiated(ProtocolFeature.PAGEFAULT)
 
 REQUESTS: dict[Request, Row] = {
     # Negotiation
@@ -172,12 +181,32 @@ REQUESTS: dict[Request, Row] = {
         reply=wire.U64_LAYOUT, body=_device_u64, refusal=U64(STATE_NOFD | 1)),
     Request.CHECK_DEVICE_STATE: Row(
         gate=_DEVICE_STATE, reply=wire.U64_LAYOUT, body=_device_u64, refusal=U64(1)),
+    Request.POSTCOPY_ADVISE: Row(
+        gate=_PAGEFAULT, rule=rules.postcopy_advise, effect=effects.postcopy_advise, reply=wire.NOTHING,
+        source=lambda _offer, _state: wire.Nothing()),
+    Request.POSTCOPY_LISTEN: Row(gate=_PAGEFAULT, rule=rules.postcopy_listen, effect=effects.postcopy_listen),
+    Request.POSTCOPY_END: Row(
+        gate=_PAGEFAULT, rule=rules.postcopy_end, effect=effects.postcopy_end, reply=wire.U64_LAYOUT,
+        source=_own_u64(lambda _offer, _state: 0), refusal=U64(1)),
     # Network
     Request.SEND_RARP: Row(wire.U64_LAYOUT, gate=_negotiated(ProtocolFeature.RARP)),
     Request.NET_SET_MTU: Row(
         wire.U64_LAYOUT, gate=_negotiated(ProtocolFeature.MTU), rule=rules.net_set_mtu,
         effect=effects.net_set_mtu),
 }
+
+# What takes the place of those rows while a guest arrives by postcopy: the answer tells where we have the memory.
+IN_POSTCOPY: dict[Request, Row] = {
+    Request.SET_MEM_TABLE: replace(
+        REQUESTS[Request.SET_MEM_TABLE], effect=effects.told(effects.set_mem_table), reply=wire.MEM_TABLE,
+        body=_table_bases),
+    Request.ADD_MEM_REG: replace(
+        REQUESTS[Request.ADD_MEM_REG], effect=effects.told(effects.add_mem_reg), reply=wire.SINGLE_REGION,
+        body=_region_base),
+}
+# The front-end's word that it knows: a second message of the same name, whichever it was, that carries a u64.
+MEMORY_KNOWN = Row(wire.U64_LAYOUT, rule=rules.memory_known, effect=effects.postcopy_listen)
+_ABOUT_MEMORY = (Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.REM_MEM_REG)
 
 # Requests of the specification that have no row, by what a front-end would have to negotiate before it sends
 # them - which it cannot, as this is not offered.
@@ -187,9 +216,6 @@ NOT_HANDLED: dict[Request, str] = {
     Request.SET_CONFIG: "CONFIG",
     Request.CREATE_CRYPTO_SESSION: "CRYPTO_SESSION",
     Request.CLOSE_CRYPTO_SESSION: "CRYPTO_SESSION",
-    Request.POSTCOPY_ADVISE: "PAGEFAULT",
-    Request.POSTCOPY_LISTEN: "PAGEFAULT",
-    Request.POSTCOPY_END: "PAGEFAULT",
     Request.GET_INFLIGHT_FD: "INFLIGHT_SHMFD",
     Request.SET_INFLIGHT_FD: "INFLIGHT_SHMFD",
     Request.GPU_SET_SOCKET: "a GPU device",
@@ -200,8 +226,9 @@ NOT_HANDLED: dict[Request, str] = {
 }
 
 
-def row_of(number: int) -> tuple[Request, Row]:
-    """The request with this number and its row. Raises Refused where this back-end has none."""
+def row_of(number: int, state: State, size: int) -> tuple[Request, Row]:
+    """The request with this number and its row in ``state``; ``size``: bytes of its payload. Raises Refused where this
+    back-end has none."""
     try:
         kind = Request(number)
     except ValueError:
@@ -210,4 +237,6 @@ def row_of(number: int) -> tuple[Request, Row]:
     if kind not in REQUESTS:
         raise Refused(f"it belongs to {NOT_HANDLED[kind]}, which was not offered",
                       "the front-end may use only what was negotiated", "Front-end message types")
-    return kind, REQUESTS[kind]
+    if state.listening and kind in _ABOUT_MEMORY and size == wire.U64_LAYOUT.size:
+        return kind, MEMORY_KNOWN
+    return kind, IN_POSTCOPY.get(kind, REQUESTS[kind]) if state.listening else REQUESTS[kind]

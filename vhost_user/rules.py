@@ -21,7 +21,7 @@ from .spec import (
     bit_names,
     mask,
 )
-from .state import Offer, State
+from .state import Offer, Postcopy, State
 from .wire import U64, Iotlb, Log, MemTable, Region, StateTransfer, VringAddr, VringFd, VringState
 
 Rule = Callable[[Offer, State, Any, int], None]
@@ -102,6 +102,37 @@ def net_set_mtu(_offer: Offer, _state: State, payload: U64, _fds: int) -> None:
     if not MTU_MIN <= payload.value <= MTU_MAX:
         raise Refused(f"MTU {payload.value} is not between {MTU_MIN} and {MTU_MAX}",
                       "set another host_mtu at the front-end")
+
+
+# --------------------------------------------------------------------------------------- postcopy
+
+def postcopy_advise(_offer: Offer, state: State, _payload: Any, _fds: int) -> None:
+    # QEMU says it once for each queue pair. It then waits for an answer with our addresses once for each pair too, but
+    # shares memory only with the first: it would hang at the point where the guest can no longer go back.
+    if state.postcopy is not Postcopy.OFF:
+        raise Refused("postcopy was announced already", "the front-end must say it once; QEMU can move a device by "
+                      "postcopy only if it has one queue pair")
+
+
+def postcopy_listen(_offer: Offer, state: State, _payload: Any, _fds: int) -> None:
+    if state.listening:
+        raise Refused("postcopy is under way already", "the front-end must say it once")
+    if state.postcopy is not Postcopy.ADVISED:
+        raise Refused("POSTCOPY_ADVISE never came", "the front-end must send it first")
+    if state.regions:
+        raise Refused("guest memory was shared before", "the front-end must share it afterwards, so that it learns "
+                      "where a page is missing")
+
+
+def postcopy_end(_offer: Offer, state: State, _payload: Any, _fds: int) -> None:
+    if not state.listening:
+        raise Refused("POSTCOPY_LISTEN never came", "the front-end must send it first")
+
+
+def memory_known(_offer: Offer, _state: State, payload: U64, _fds: int) -> None:
+    if payload.value:
+        raise Refused(f"the front-end answers {payload.value} to where its memory is, not 0",
+                      "missing pages would never come; its own log tells why", "VHOST_USER_SET_MEM_TABLE")
 
 
 # ------------------------------------------------------------------------------------------ rings

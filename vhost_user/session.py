@@ -63,13 +63,15 @@ class Result:
     """What the device says about an accepted request: :meth:`ok` or :meth:`refused`."""
 
     reason: str | None = None
-    value: int | None = None
+    value: Any = None
+    fds: tuple[int, ...] = ()
 
     @classmethod
-    def ok(cls, value: int | None = None) -> "Result":
+    def ok(cls, value: Any = None, fds: tuple[int, ...] = ()) -> "Result":
         """Done. ``value`` is due where only the device knows the answer: for GET_VRING_BASE the next available
-        index, else the whole of it."""
-        return cls(value=value)
+        index, for guest memory that arrives by postcopy its address here (of a table, one for each region), else the
+        whole of it. ``fds`` go with the answer and stay the device's."""
+        return cls(value=value, fds=fds)
 
     @classmethod
     def refused(cls, reason: str) -> "Result":
@@ -134,7 +136,7 @@ class Session:
         row = None
         payload = None
         try:
-            kind, row = row_of(message.request)
+            kind, row = row_of(message.request, self.state, len(message.payload))
             row.gate(self.offer, self.state)
             payload = row.payload.decode(message.payload)
             self._check_ring(row, payload)
@@ -148,7 +150,7 @@ class Session:
             raise _no(message.request, text, need_reply, row) from None
         return Accepted(kind, payload, message.fds, need_reply, row)
 
-    def after(self, accepted: Accepted, base: int | None = None) -> State:
+    def after(self, accepted: Accepted, base: Any = None) -> State:
         """The state that :meth:`answer` will commit if the device says yes. ``base`` is what the device will
         answer to GET_VRING_BASE; without it the ring's last one stands in."""
         return accepted.row.effect(self.state, accepted.payload, self._body(accepted, base))
@@ -198,13 +200,13 @@ class Session:
             raise Refused(f"{count} file descriptors came along where {allowed} are due",
                           "the front-end must attach what the message is specified with")
 
-    def _body(self, accepted: Accepted, base: int | None) -> Any:
-        """The body of a reply: the session's own knowledge, or what the device answered."""
+    def _body(self, accepted: Accepted, value: Any) -> Any:
+        """The body of a reply: the session's own knowledge, or what the device answered; None while it has not."""
         row, payload = accepted.row, accepted.payload
         if row.from_device:
-            if base is None:
-                base = self.rings[payload.index].base if row.ring else 0
-            return row.body(payload, base)
+            if value is None and row.ring:
+                value = self.rings[payload.index].base
+            return None if value is None else row.body(payload, value)
         return row.source(self.offer, self.state) if row.source else None
 
 

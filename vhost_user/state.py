@@ -79,6 +79,15 @@ FLOW: dict[Event, Flow] = {
 }
 
 
+class Postcopy(Enum):
+    """How far a guest has come that arrives by postcopy ("VHOST_USER_POSTCOPY_ADVISE" and what follows)."""
+
+    OFF = auto()
+    ADVISED = auto()  # it may come
+    LISTENING = auto()  # it runs, and some of its memory is still elsewhere
+    TELLING = auto()  # the same, and the front-end has not said yet that it knows where we have its memory
+
+
 class Notifier(Enum):
     """What is known about one of a ring's eventfds."""
 
@@ -169,6 +178,7 @@ class State:
     mtu: int | None = None
     regions: tuple[Region, ...] = ()
     log: Log | None = None
+    postcopy: Postcopy = Postcopy.OFF
 
     def has(self, feature: ProtocolFeature) -> bool:
         """``feature`` was negotiated with SET_PROTOCOL_FEATURES."""
@@ -182,6 +192,11 @@ class State:
     def running(self) -> bool:
         """At least one ring is started."""
         return any(ring.started for ring in self.rings)
+
+    @property
+    def listening(self) -> bool:
+        """Pages of guest memory may be missing (POSTCOPY_LISTEN to POSTCOPY_END)."""
+        return self.postcopy in (Postcopy.LISTENING, Postcopy.TELLING)
 
     @property
     def driver_ok(self) -> bool:
@@ -203,9 +218,10 @@ class State:
     def runnable(self, index: int) -> bool:
         """Ring ``index`` may be processed: it is started, the driver is ready, and if its writes have to be marked,
         there is a log. QEMU shares the log after it has started the rings when a guest reboots while it migrates;
-        what was written until then would be lost.
+        what was written until then would be lost. So would be what is written to a missing page before the front-end
+        can tell where the fault was.
         """
-        return (self.rings[index].started and self.driver_ok
+        return (self.rings[index].started and self.driver_ok and self.postcopy is not Postcopy.TELLING
                 and (self.log is not None or not (self.logs_buffers or self.logs_ring(index))))
 
     def resumable(self, index: int) -> bool:

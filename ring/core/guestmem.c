@@ -43,6 +43,13 @@ int guestmem_map(int fd, uint64_t size, uint64_t offset, int32_t *owner, uint8_t
     return RING_OK;
 }
 
+int guestmem_sever(uint8_t *base, size_t length, int empty)
+{
+    void *at = mmap(base, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, empty, 0);
+
+    return at == MAP_FAILED ? RING_E_NOMEM : RING_OK;
+}
+
 void guestmem_unmap(uint8_t *base, size_t length)
 {
     guard_remove(base);

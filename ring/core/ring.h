@@ -86,6 +86,9 @@ struct guestmem;
 int guestmem_map(int fd, uint64_t size, uint64_t offset, int32_t *owner, uint8_t **hva, uint8_t **base,
                  size_t *length);
 void guestmem_unmap(uint8_t *base, size_t length);
+/* Put `empty`, a file without a byte, in the place of such a mapping, which stays in the guard's table: for whoever
+ * uses it the memory has vanished. -> RING_OK; RING_E_NOMEM with errno. */
+int guestmem_sever(uint8_t *base, size_t length, int empty);
 
 /* -> a table, or NULL with *status RING_E_REGION (overlap, overflow, zero) or RING_E_NOMEM. `owner` is
  * the int given to guestmem_map; the rings read it to learn that their memory is gone. */

@@ -18,10 +18,11 @@ from vdev.qemu import qemu_args
 from vdev.testing.daemon import Daemon
 from vdev.testing.guest import Image, LinuxGuest
 from vdev.testing.measure import ping_from_host
-from vdev.testing.migration import Report, migrate, start_and_cancel
+from vdev.testing.migration import MigrationFailed, Report, migrate, start_and_cancel
 from vdev.testing.netns import Namespace
 from vdev.testing.onlookers import Echo, Iperf, Pings
 from vdev.testing.qemu import QemuProgram, QmpError, accelerator, tap_args
+from vdev.userfault import PATH
 
 HOST, GUEST, MAC = "10.13.0.1", "10.13.0.2", "52:54:00:13:13:13"
 INTERVAL = 0.1  # seconds between pings
@@ -99,7 +100,7 @@ class Journey:
 
 
 def there_and_back(guest: LinuxGuest, networks: list[list[str]], lan: Namespace, times: int,
-                   namespace: Namespace | None = None) -> Journey:
+                   namespace: Namespace | None = None, postcopy: bool = False) -> Journey:
     """Move the guest from the first network to the second and back, under pings, TCP both ways and a comparison of
     what is sent with what comes back. Raises AssertionError when its memory is not what it was."""
     guest.check("dd if=/dev/urandom of=/tmp/pattern bs=1M count=32 2>/dev/null", 60)
@@ -109,7 +110,7 @@ def there_and_back(guest: LinuxGuest, networks: list[list[str]], lan: Namespace,
         pings.await_answers(5)
         for _ in range(times):
             for network in (networks[1], networks[0]):
-                reports.append(migrate(guest, network, namespace=namespace))
+                reports.append(migrate(guest, network, namespace=namespace, postcopy=postcopy))
                 pings.await_answers(10)
         iperf.await_both()  # TCP goes on once its timers, which doubled meanwhile, have run out
         lost = pings.stop()
@@ -131,14 +132,17 @@ def own_device(lan: Namespace) -> list[list[str]]:
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)], ids=["once", "ten-times"])
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_F29_there_and_back_under_load(sound, bridge, pair, boot, times, packed) -> None:
-    both = pair(packed=packed)
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
+def test_F29_there_and_back_under_load(request, sound, bridge, pair, boot, times, packed, postcopy) -> None:
+    if postcopy:
+        request.getfixturevalue("userfaults")
+    both = pair(*["--postcopy"] * postcopy, packed=packed)
     guest = boot(both.networks[0])
-    ours = there_and_back(guest, both.networks, bridge, times)
+    ours = there_and_back(guest, both.networks, bridge, times, postcopy=postcopy)
     guest.stop()
     own = own_device(bridge)
     guest = boot(own[0], namespace=bridge)
-    qemus = there_and_back(guest, own, bridge, times, namespace=bridge)
+    qemus = there_and_back(guest, own, bridge, times, namespace=bridge, postcopy=postcopy)
     print(f"vdev: {ours}\nQEMU: {qemus}")
     assert ours.echoed > 0 < ours.loaded
     # How long it stops the guest is decided by QEMU, by what it guesses of the bandwidth of a busy machine.
@@ -146,6 +150,34 @@ def test_F29_there_and_back_under_load(sound, bridge, pair, boot, times, packed)
     assert ours.lost <= qemus.lost + longer + 1
     for daemon in both.daemons:
         assert daemon.events("log-on") and not daemon.events("log-too-small")
+        assert len(daemon.events("postcopy-begins")) == len(daemon.events("postcopy-ends")) == times * postcopy
+    if postcopy:
+        assert all(report.asked for report in ours.reports)
+
+
+@pytest.fixture
+def userfaults() -> None:
+    """Skips where a daemon can have no userfaultfd."""
+    if not os.access(PATH, os.R_OK | os.W_OK):
+        pytest.skip(f"postcopy needs {PATH}, and permissions for it")
+
+
+def test_without_it_postcopy_is_refused_before_anything_moves(pair, boot, qemu) -> None:
+    both = pair()
+    guest = boot(both.networks[0])
+    with pytest.raises(MigrationFailed, match="not capable of postcopy"):
+        migrate(guest, both.networks[1], postcopy=True)
+    guest.check("true")
+
+
+def test_guest_with_more_queues_cannot_arrive_by_postcopy_and_stays(sound, userfaults, bridge, pair, boot) -> None:
+    """QEMU would wait for an answer to what it does not send (see vhost_user/rules.py)."""
+    both = pair("--postcopy", queue_pairs=2)
+    guest = boot(both.networks[0], cpus=2)
+    with pytest.raises(MigrationFailed):
+        migrate(guest, both.networks[1], postcopy=True)
+    assert any("one queue pair" in line["text"] for line in both.daemons[1].events("session-end"))
+    assert ping_from_host(bridge, GUEST, 20).lost == 0
 
 
 def test_guest_with_more_queues_migrates(sound, bridge, pair, boot) -> None:

@@ -91,10 +91,11 @@ def possible(carries: Carries, queue_pairs: int) -> int:
     return ALWAYS | carries.offloads | (mask(F.MQ) if queue_pairs > 1 else 0)
 
 
-def protocol_features(virtio: int) -> int:
+def protocol_features(virtio: int, postcopy: bool = False) -> int:
     """The mask GET_PROTOCOL_FEATURES answers beside the ``virtio`` features offered: there is no way to share a log
-    where there is no log."""
-    return PROTOCOL if virtio & mask(F.LOG_ALL) else PROTOCOL & ~mask(P.LOG_SHMFD)
+    where there is no log. postcopy: there are userfaultfds to be had, and the front-end may have them."""
+    features = PROTOCOL if virtio & mask(F.LOG_ALL) else PROTOCOL & ~mask(P.LOG_SHMFD)
+    return features | mask(P.PAGEFAULT) if postcopy else features
 
 
 def virtio_features(carries: Carries, queue_pairs: int, removed: int = 0) -> int:

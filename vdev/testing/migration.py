@@ -17,6 +17,8 @@ from vdev.testing.qemu import Qemu, QmpError
 SECONDS = 240  # for a whole migration under load, on a machine that has other things to do
 # As much bandwidth as there is, and time enough to stop in for a guest that writes all the while.
 PARAMETERS = {"max-bandwidth": 0, "downtime-limit": 500}
+# Until postcopy is asked for: slow enough for most of memory to be left behind then.
+BEFORE_POSTCOPY = {"max-bandwidth": 32 << 20, "max-postcopy-bandwidth": 0}
 
 
 class MigrationFailed(RuntimeError):
@@ -26,12 +28,14 @@ class MigrationFailed(RuntimeError):
 @dataclass(frozen=True)
 class Report:
     """What QEMU says of a migration that is over. downtime and total in milliseconds, transferred in bytes of guest
-    memory, rounds: how often the dirty log was collected."""
+    memory, rounds: how often the dirty log was collected. asked: how many pages the guest's new place asked for, in
+    postcopy."""
 
     downtime: int
     total: int
     transferred: int
     rounds: int
+    asked: int = 0
 
 
 def _status(qemu: Qemu) -> dict:
@@ -79,7 +83,8 @@ def migrate(guest: LinuxGuest, network: Sequence[str], *, namespace: Namespace |
             raise
     guest.follow(there)
     ram = done["ram"]
-    return Report(done.get("downtime", 0), done["total-time"], ram["transferred"], ram["dirty-sync-count"])
+    return Report(done.get("downtime", 0), done["total-time"], ram["transferred"], ram["dirty-sync-count"],
+                  ram["postcopy-requests"])
 
 
 def set_up(qemu: Qemu, *, postcopy: bool = False, **parameters: int) -> None:
@@ -88,7 +93,7 @@ def set_up(qemu: Qemu, *, postcopy: bool = False, **parameters: int) -> None:
         qemu.qmp.execute("migrate-set-capabilities",
                          {"capabilities": [{"capability": "postcopy-ram", "state": True}]})
     named = {name.replace("_", "-"): value for name, value in parameters.items()}
-    qemu.qmp.execute("migrate-set-parameters", PARAMETERS | named)
+    qemu.qmp.execute("migrate-set-parameters", PARAMETERS | (BEFORE_POSTCOPY if postcopy else {}) | named)
 
 
 def _await_running(qemu: Qemu, seconds: float = 30) -> None:
