@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from ring.build import lib
-from ring.errors import ChainError, MemoryGone, QueueBusy, RingBroken, SetupError, named
+from ring.errors import ChainError, MemoryGone, QueueBusy, RingBroken, SetupError, TranslationMissing, named
 from ring.guestmem import Owner
 from vdev.backend import _HANDLERS, Backend
 from vdev.connection import Connection
@@ -300,12 +300,12 @@ def ends_with_a_bug(device: ServedDevice) -> None:
 # ---------------------------------------------------------------------------------- every status of the C core
 
 CODES = [name for name in dir(lib) if name.startswith("RING_E_")]
-CONSEQUENCES = (ChainError, RingBroken, SetupError, QueueBusy)
+CONSEQUENCES = (ChainError, RingBroken, SetupError, QueueBusy, TranslationMissing)
 
 
 def test_F39_every_status_has_its_consequence() -> None:
-    """A chain goes back, a ring stops, a request is refused, a queue is not touched; the base class alone says
-    nothing of what follows."""
+    """A chain goes back or waits, a ring stops, a request is refused, a queue is not touched; the base class alone
+    says nothing of what follows."""
     assert len(CODES) > 20
     for code in CODES:
         assert isinstance(named(code), CONSEQUENCES), code
