@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -14,9 +15,13 @@ import pytest
 
 from vdev import capabilities, landlock, sandbox
 from vdev.config import DaemonConfig
+from vdev.device import MEM_SLOTS
+from vdev.net.features import Feature, mask
+from vdev.testing.arrival import Arrival
 from vdev.testing.daemon import Daemon
 from vdev.testing.netns import Namespace, why_no_tap
 from vdev.testing.scripted import ScriptedGuest
+from vdev.userfault import PATH, UserfaultSource
 
 FRAME = bytes.fromhex("ffffffffffff 525400123456 88b5") + bytes(range(50))
 
@@ -328,6 +333,57 @@ def test_client_connects_again_from_inside(start, tmp_path):
         with ScriptedGuest(connection) as guest:
             assert guest.exchange(FRAME) == FRAME
     assert "late: []\n" in daemon.stop()
+
+
+def test_guest_arrives_by_postcopy_inside(start, tmp_path):
+    try:
+        UserfaultSource().close()
+    except OSError as error:
+        pytest.skip(f"{PATH} cannot be used: {error.strerror}")
+    path = str(tmp_path / "vm.sock")
+    daemon = start(["--socket-path", path, "--port", "loopback:", "--postcopy", "-v"], program=["-c", WATCHED])
+    for ends_well in (True, False):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(path)
+        with Arrival(sock, mask(Feature.VERSION_1, Feature.MRG_RXBUF)) as guest:
+            guest.driver.transmit(FRAME)
+            guest.start()
+            assert select.select([guest.driver.receiveq.call_fd], [], [], 30)[0]
+            if ends_well:
+                assert guest.come() == 0
+                guest.look()
+                assert guest.driver.receive(refill=False).frame == FRAME
+    until(lambda: daemon.events("postcopy-cut-off"))
+    assert "late: []\n" in daemon.stop()
+
+
+def inside_now(daemon):
+    """Are the filter in force and privileges forbidden, in every thread of ``daemon``?"""
+    threads = [path.read_text() for path in Path(f"/proc/{daemon.child.pid}/task").glob("*/status")]
+    return bool(threads) and all("NoNewPrivs:\t1\n" in thread and "Seccomp:\t2\n" in thread for thread in threads)
+
+
+def test_successor_takes_over_from_inside_and_closes_itself_in(start, lan, tmp_path):
+    path, upgrade = str(tmp_path / "vm.sock"), str(tmp_path / "upgrade.sock")
+    options = ["--socket-path", path, "--port", "tap:vm1", "--queue-pairs", "1", "--upgrade-path", upgrade, "-v"]
+    daemon = start(options, namespace=lan, program=["-c", WATCHED])
+    entered = daemon.events("sandbox")
+    with ScriptedGuest.connect(path):
+        for _ in range(2):
+            successor = start(["--upgrade-from", upgrade, "-v"], namespace=lan, program=["-c", WATCHED])
+            assert daemon.child.wait(30) == 0
+            assert "late: []\n" in daemon.child.log()
+            daemon = successor
+            entered += daemon.events("sandbox")
+            assert inside_now(daemon)
+        # It has what the first one had: the right to make the TAP again.
+        lan.run(["ip", "link", "del", "vm1"])
+        until(lambda: daemon.events("port-back"))
+    assert [event["text"] for event in entered] == 3 * [entered[0]["text"]]
+    assert entered[0]["text"].startswith("sandbox: capability 12, ")
+    assert entered[0]["text"].endswith(f"at most {64 + 32 + MEM_SLOTS} descriptors")
+    assert "late: []\n" in daemon.stop()
+    assert not {Path(path), Path(upgrade)} & set(tmp_path.iterdir())
 
 
 def test_several_devices_share_one_sandbox(start, tmp_path):

@@ -177,13 +177,12 @@ class Daemon:
             return
         from vdev import sandbox
 
-        ports = [device.port for device in devices]
         paths = [each.path for each in listeners if isinstance(each, listen.Listener) and each.path is not None]
         paths += [path for device in devices for path in device.files]
         try:
-            pairs = sum(port.carries.queue_pairs for port in ports)
-            files = sum(device.memory_files for device in devices)
-            report = sandbox.enter(pairs, files, [port.needs for port in ports], paths)
+            report = sandbox.enter(sum(device.port.carries.queue_pairs for device in devices),
+                                   sum(device.memory_files for device in devices),
+                                   [need for device in devices for need in device.needs], paths)
         except OSError as error:
             raise Failure(f"the sandbox cannot be entered: {error.strerror.lower()}; --sandbox off does without"
                           ) from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ring.guestmem import DEFAULT_POLICY, Policy
 from ring.journal import Journal, JournalError
 from ring.pump import FlowStats
+from vdev import userfault
 from vdev.backend import Backend
 from vdev.config import DeviceConfig
 from vdev.connection import Connection, ConnectionPart
@@ -16,7 +17,7 @@ from vdev.logs import EventLog
 from vdev.net.features import names
 from vdev.net.offer import Audience, protocol_features, virtio_features
 from vdev.ports import adopt_port
-from vdev.ports.base import Port, PortPart
+from vdev.ports.base import Needs, Port, PortPart
 from vdev.postcopy import Arrivals, ArrivalsPart
 from vdev.reverse import ReverseChannel
 from vhost_user.session import Session
@@ -63,6 +64,11 @@ class Device:
         features = virtio_features(self.port.carries, pairs, self.config.features.remove | audience.withheld)
         return Offer(features, protocol_features(features, self._arrivals is not None), rings=2 * pairs,
                      queue_num=audience.queue_num(pairs), max_mem_slots=MEM_SLOTS)
+
+    @property
+    def needs(self) -> list[Needs]:
+        """What the port goes on needing in the sandbox, and what guests that arrive do."""
+        return [self.port.needs, *([Needs(syscalls=userfault.SYSCALLS)] if self._arrivals is not None else [])]
 
     @property
     def memory_files(self) -> int:

@@ -130,7 +130,7 @@ def enter(queue_pairs: int, files: int, needs: Iterable[Needs], removable: Itera
     """Give up what is not needed, for good; no thread may have been started.
 
     queue_pairs: of all devices together. files: how many of memory may stay open, of all devices together. needs: of
-    each port. removable: paths of files that are to be removed at the end.
+    each device. removable: paths of files that are to be removed at the end.
     Raises OSError when rights could not be given up that this kernel does let one give up.
     """
     needs = list(needs)

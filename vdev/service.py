@@ -26,7 +26,7 @@ from vdev.handover import Put
 from vdev.listen import peer_pid
 from vdev.logs import EventLog
 from vdev.loop import Callback, Loop, Timer
-from vdev.ports.base import Port
+from vdev.ports.base import Needs, Port
 from vdev.sources import Source
 from vhost_user.errors import Disconnected, PeerError
 
@@ -67,6 +67,7 @@ class Device(Protocol):
 
     port: Port
     files: list[str]  # to be removed when it is closed
+    needs: list[Needs]
     memory_files: int
 
     def start_worker(self) -> None: ...

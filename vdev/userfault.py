@@ -44,6 +44,15 @@ _NEEDED = _FEATURE_MISSING_HUGETLBFS | _FEATURE_MISSING_SHMEM
 _COPIES = 1 << 0x03  # in the ioctls of a range: pages can be put there
 _MADV_NOHUGEPAGE = 15
 
+# Of a device that may get guests by postcopy, in the sandbox: rule of vdev/seccomp.py -> reason.
+SYSCALLS = {
+    **{f"ioctl[1] == {number:#x}": reason for number, reason in (
+        (_NEW, "a guest comes"), (_DO_API, "what the kernel can do"), (_DO_REGISTER, "its memory may be missing"),
+        (_UNREGISTER, "its memory has come"), (_WAKE, "its memory will not come"))},
+    "madvise": "no page but those that came",
+    "memfd_create": "what takes the place of memory that will not come",
+}
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

@@ -56,7 +56,7 @@ class PortPart:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a port goes on needing in the sandbox (vdev/sandbox.py).
+    """What a port, or a device, goes on needing in the sandbox (vdev/sandbox.py).
 
     capabilities: of vdev/capabilities.py. syscalls: rule of vdev/seccomp.py -> its reason.
     """
