@@ -1,6 +1,7 @@
 """A guest that arrives by postcopy: pages that are missing, and front-ends that do not keep to the order."""
 
 import contextlib
+import json
 import os
 import select
 
@@ -8,7 +9,10 @@ import pytest
 
 from vdev import postcopy, userfault
 from vdev.errors import Failure
+from vdev.handover import HandoverError, Parcel
 from vdev.net.features import Feature, mask
+from vdev.plain import from_plain, to_plain
+from vdev.postcopy import Arrivals, ArrivalsPart
 from vdev.testing.arrival import Arrival, PostcopyFrontEnd
 from vdev.testing.netdriver import NetHeader
 from vdev.testing.scripted import ScriptedGuest
@@ -258,3 +262,22 @@ def test_where_no_userfaultfd_can_be_had_it_is_said(monkeypatch):
     monkeypatch.setattr(userfault, "PATH", "/dev/null")
     with pytest.raises(Failure, match="--postcopy: no userfaultfd can be had"):
         postcopy.open_arrivals()
+
+
+def test_another_process_can_go_on_with_the_source_but_not_in_the_middle(served, connect):
+    guest = connect()
+    parcel = Parcel()
+    with pytest.raises(HandoverError, match="being migrated"):
+        served.call(lambda: served.device._connection.export(parcel.put))
+    guest.start()
+    with pytest.raises(HandoverError, match="being migrated"):
+        served.call(lambda: served.device._connection.export(parcel.put))
+    assert guest.come() == 0
+    arrivals = Arrivals(UserfaultSource(), {(1, 2)})
+    part = arrivals.export(parcel.put)
+    assert from_plain(ArrivalsPart, json.loads(json.dumps(to_plain(part)))) == part
+    again = Arrivals.adopt(part, Parcel([os.dup(fd) for fd in parcel.fds]).take)
+    assert again.cut_off == {(1, 2)}
+    arrivals.close()
+    again.source.new().close()
+    again.close()

@@ -136,7 +136,8 @@ class Iommu:
             if fault is not None and self.table.lacks(memory, [Part(fault.iova, 1, fault.access)]):
                 self._ask(state, index, fault)
                 waiting.append((index, queue))
-        if not waiting:
+        # While a guest arrives by postcopy, a page of the chain may be missing, and this is the control thread.
+        if not waiting or state.listening:
             return
         with self._engine.paused():
             for index, queue in waiting:

@@ -10,7 +10,8 @@ Workers need not know; there is one a device, so other devices run on. What foll
 - Taking lanes back may wait for a page, for GET_VRING_BASE as for all else. So the engine is patient (PATIENCE): a page
   takes milliseconds, and seconds where the network is slow.
 - The control thread itself touches guest memory only where a ring is built, and has that done by a thread (bounded): a
-  front-end that puts no page there costs a session and not the daemon.
+  front-end that puts no page there costs a session and not the daemon. (It also looks ahead in a chain whose
+  translations are missing, and does without: vdev/iommu.py.)
 - A session that ends meanwhile first takes the memory away from under our threads. To let them go on with a page of
   zeros would be to write to a guest that goes on living, and to lose what was to come there.
 
