@@ -46,8 +46,9 @@ def handed(export):
 ELSEWHERE = {
     Backend: {"session", "engine", "port", "log",  # made anew
               "_last_rarp",  # 20 ms later it means nothing
-              # nothing is handed over while a guest is being migrated, either way, or behind an IOMMU
-              "dirty", "postcopy", "iommu",
+              # nothing is handed over of a guest that is being migrated, either way, or behind an IOMMU, or
+              # notified by messages
+              "dirty", "postcopy", "iommu", "inband",
               "_abandoned"},  # a device whose worker is stuck has no session
     SessionState: {"_engine", "_port", "_session", "_log", "_transfer"},
     Connection: {"_log", "_transport", "_session"},

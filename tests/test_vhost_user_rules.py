@@ -36,7 +36,8 @@ REPLY_ACK = mask(ProtocolFeature.REPLY_ACK)
 PROTOCOL = REPLY_ACK | mask(ProtocolFeature.MQ, ProtocolFeature.RARP, ProtocolFeature.MTU,
                             ProtocolFeature.BACKEND_REQ, ProtocolFeature.RESET_DEVICE,
                             ProtocolFeature.CONFIGURE_MEM_SLOTS, ProtocolFeature.STATUS,
-                            ProtocolFeature.LOG_SHMFD, ProtocolFeature.DEVICE_STATE, ProtocolFeature.PAGEFAULT)
+                            ProtocolFeature.LOG_SHMFD, ProtocolFeature.DEVICE_STATE, ProtocolFeature.PAGEFAULT,
+                            ProtocolFeature.INBAND_NOTIFICATIONS)
 OFFER = Offer(FEATURES, PROTOCOL, rings=4, queue_num=2, max_mem_slots=3)
 REGION = Region(0x100000, 0x100000, 0x7F0000000000, 0)
 ADDR = VringAddr(0, 0, 0x7F0000000000, 0x7F0000003000, 0x7F0000002000, 0)
@@ -169,9 +170,24 @@ def test_P29_protocol_features_that_were_not_offered(session):
            match="SHMEM, bit 40 was not offered")
 
 
-def test_VU_FEAT_B_10_in_band_notifications_are_not_offered(session):
-    refuse(session, Request.SET_PROTOCOL_FEATURES, U64(mask(ProtocolFeature.INBAND_NOTIFICATIONS)),
-           match="INBAND_NOTIFICATIONS was not offered")
+@pytest.mark.parametrize("lacking", [ProtocolFeature.REPLY_ACK, ProtocolFeature.BACKEND_REQ])
+def test_VU_FEAT_B_10_in_band_notifications_without_what_they_need(session, lacking):
+    refuse(session, Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL & ~mask(lacking)),
+           match=f"INBAND_NOTIFICATIONS is set without {lacking.name} ")
+
+
+def test_VU_INB_B_01_a_kick_starts_a_ring_that_lacks_nothing(session, started):
+    refuse(started, Request.VRING_KICK, VringState(1, 0), match="SET_VRING_NUM, SET_VRING_ADDR never came")
+    do(started, Request.SET_VRING_NUM, VringState(1, 256))
+    do(started, Request.SET_VRING_ADDR, replace(ADDR, index=1))
+    do(started, Request.VRING_KICK, VringState(1, 0))
+    assert started.rings[1].started
+    do(started, Request.VRING_KICK, VringState(0, 0))
+    refuse(started, Request.VRING_KICK, VringState(4, 0), match="there are 4 rings")
+
+
+def test_VU_INB_F_01_num_of_a_kick(started):
+    refuse(started, Request.VRING_KICK, VringState(0, 1), match="num is 1, which means nothing yet")
 
 
 def test_protocol_features_change_on_a_running_device(started):

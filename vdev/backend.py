@@ -23,19 +23,21 @@ from ring.errors import MemoryGone, RingBroken, SetupError
 from ring.guestmem import DEFAULT_POLICY, Policy
 from ring.journal import JournalError
 from ring.virtqueue import VirtQueue
+from vdev.agreed import driver_line, settings_of
 from vdev.device_state import StateError
 from vdev.dirty_log import SessionLog
 from vdev.engine import Engine, EngineStuck, ring_name
+from vdev.inband import InBand
 from vdev.iommu import Iommu
 from vdev.journal import no_journal
 from vdev.logs import EventLog
 from vdev.memory import SessionMemory
-from vdev.net.features import Feature, mask, names
 from vdev.ports.base import Port, PortError
 from vdev.postcopy import Arrivals, CutOff, SessionPostcopy
 from vdev.reverse import ReverseChannel
 from vdev.session_state import SessionState
 from vhost_user.requests import MEMORY_KNOWN
+from vhost_user.fds import is_eventfd
 from vhost_user.session import Accepted, Result, Session
 from vhost_user.spec import STATE_NOFD, IotlbType, ProtocolFeature, Request
 from vhost_user.state import Notifier, State
@@ -52,10 +54,6 @@ SYSCALLS = {
 
 class _Refuse(Exception):
     """The device says no; the text is for the front-end's operator."""
-
-
-def _is_eventfd(fd: int) -> bool:
-    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
 
 
 def _close(queues: dict[int, VirtQueue]) -> None:
@@ -81,6 +79,7 @@ class Backend:
         self._answered: set[int] = set()  # rings whose base was just answered
         self.reverse = reverse
         self.iommu = Iommu(engine, reverse, log)
+        self.inband = InBand(engine, reverse, log)
         self._last_rarp = 0.0
         self._introduced = False
         self._reported: set[int] = set()  # broken rings that were spoken of
@@ -175,6 +174,8 @@ class Backend:
 
     def _set_protocol_features(self, request: Accepted) -> None:
         self.dirty.explain(self.session.offer, request.payload.value)
+        if not self.inband.on(self.session.after(request)):
+            self.inband.drop()
 
     def _set_log_base(self, request: Accepted) -> None:
         log = request.payload
@@ -183,7 +184,7 @@ class Backend:
 
     def _set_log_fd(self, request: Accepted) -> None:
         """A back-end may signal it when it marked something, and need not: QEMU looks into the log by itself."""
-        if not _is_eventfd(request.fds[0]):
+        if not is_eventfd(request.fds[0]):
             raise _Refuse("the log descriptor is no eventfd")
 
     def _set_device_state_fd(self, request: Accepted) -> int:
@@ -213,9 +214,13 @@ class Backend:
         return base
 
     def _set_vring_kick(self, request: Accepted) -> None:
-        if len(request.fds) and not _is_eventfd(request.fds[0]):
+        if len(request.fds) and not is_eventfd(request.fds[0]):
             raise _Refuse("the kick descriptor is no eventfd")
         self._swap_fd(request, "kick", lambda: self._settle(self.session.after(request)))
+
+    def _vring_kick(self, request: Accepted) -> None:
+        self._settle(self.session.after(request))
+        self.inband.kick(request.payload.index)
 
     def _set_vring_call(self, request: Accepted) -> None:
         self._swap_fd(request, "call")
@@ -243,6 +248,7 @@ class Backend:
                     raise
         finally:
             if unused >= 0:
+                self.inband.forget(unused)
                 os.close(unused)
 
     def _send_rarp(self, request: Accepted) -> None:
@@ -257,6 +263,7 @@ class Backend:
         self.reverse.adopt(request.fds.take())
         with self.engine.paused():  # rings that wait for an answer look again, and it is asked for anew
             self.iommu.channel_changed()
+        self.inband.channel_changed()
         self._settle(self.session.state)
 
     # -------------------------------------------------------------------------- settling
@@ -273,6 +280,7 @@ class Backend:
                 and settings == (engine.features, engine.mtu, engine.watch_kicks)
                 and all(engine.rings[index].marks == wish for index, wish in marks.items())):
             return
+        self.inband.wire(state, wanted - running)
         fresh = self.postcopy.bounded(lambda: self._build(state, wanted - running), _close)
         forgotten: list[int] = []
         try:
@@ -290,7 +298,7 @@ class Backend:
                     engine.mark(index, wish)
                 for ring, known in zip(engine.rings, state.rings, strict=True):
                     ring.enabled = known.enabled
-                    if known.kick is Notifier.UNSET and ring.kick >= 0:
+                    if known.kick is Notifier.UNSET and not known.started and ring.kick >= 0:
                         forgotten.append(ring.kick)
                         ring.kick = -1
                 engine.features, engine.mtu, engine.watch_kicks = features, mtu, parked
@@ -298,6 +306,7 @@ class Backend:
             _close(fresh)
             raise
         for fd in forgotten:
+            self.inband.forget(fd)
             os.close(fd)
         self.dirty.report(state)
         if not features:
@@ -372,16 +381,8 @@ class Backend:
         if self._introduced:
             return
         self._introduced = True
-        listed = names(state.features & ~mask(Feature.PROTOCOL_FEATURES, Feature.LOG_ALL))
-        pairs = sum(ring.enabled for ring in state.rings[::2])
-        rings = "packed" if state.features & mask(Feature.RING_PACKED) else "split"
-        order = ", used in order" if state.features & mask(Feature.IN_ORDER) else ""
-        size = max(r.num for r in state.rings)
-        self.log.info("driver", f"the guest's driver is ready: {pairs} queue pair{'s' * (pairs != 1)} of "
-                      f"{len(state.rings) // 2} enabled, {rings} rings{order}, queue size {size}, "
-                      f"{self.memory.size >> 20} MiB shared, features {' '.join(listed)}",
-                      features=listed, queue_pairs=pairs, rings=rings, queue_size=size,
-                      shared_bytes=self.memory.size)
+        text, fields = driver_line(state, self.memory.size)
+        self.log.info("driver", text, **fields)
 
     # ------------------------------------------------------------------------------ news
 
@@ -428,7 +429,7 @@ class Backend:
                               "others run (QEMU's `info virtio-queue-status` does that): going on with it", ring=index)
         try:
             self._settle(self.session.state)
-        except (PortError, _Refuse) as reason:
+        except (PortError, _Refuse, OSError) as reason:
             self.log.peer(logging.WARNING, "ring-not-resumed", f"a ring could not be resumed: {reason}")
 
     # ------------------------------------------------------------------------- handing on
@@ -452,6 +453,7 @@ class Backend:
         """End of the session: nothing of it is left in the engine, the port or the file table."""
         self.state.close()
         self.postcopy.close()
+        self.inband.close()
         fds = self._ring_fds()
         try:
             self.engine.reset()
@@ -474,14 +476,6 @@ class Backend:
             os.close(fd)
 
 
-def settings_of(state: State) -> tuple[int, int, bool]:
-    """What the engine is told of ``state`` beside the rings: features, MTU, whether to report kicks."""
-    mtu = state.mtu if state.mtu and state.features & mask(Feature.MTU) else 0
-    parked = any(state.resumable(index) for index in range(len(state.rings)))
-    # LOG_ALL is about the device, not for the guest.
-    return state.features & ~mask(Feature.LOG_ALL), mtu, parked
-
-
 _HANDLERS: dict[Request, Callable[[Backend, Accepted], object]] = {
     Request.SET_MEM_TABLE: Backend._set_mem_table,
     Request.ADD_MEM_REG: Backend._add_mem_reg,
@@ -497,6 +491,7 @@ _HANDLERS: dict[Request, Callable[[Backend, Accepted], object]] = {
     Request.SET_VRING_BASE: Backend._set_vring_base,
     Request.GET_VRING_BASE: Backend._get_vring_base,
     Request.SET_VRING_KICK: Backend._set_vring_kick,
+    Request.VRING_KICK: Backend._vring_kick,
     Request.SET_VRING_CALL: Backend._set_vring_call,
     Request.SET_VRING_ERR: Backend._set_vring_err,
     Request.SEND_RARP: Backend._send_rarp,

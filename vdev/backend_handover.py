@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from ring.errors import named
 from ring.virtqueue import VirtQueue
-from vdev.backend import Backend, settings_of
+from vdev.agreed import settings_of
+from vdev.backend import Backend
 from vdev.engine import EnginePart, ring_name
 from vdev.handover import HandoverError, Put, Take
 from vdev.memory import SharedRegion
@@ -34,6 +35,9 @@ def export(backend: Backend, put: Put) -> BackendPart:
     if backend.iommu.on(backend.session.state):
         raise HandoverError("a guest's driver is behind an IOMMU, whose translations are not handed over; restart "
                             "vdev instead")
+    if backend.inband.on(backend.session.state):
+        raise HandoverError("a front-end is notified by messages (INBAND_NOTIFICATIONS), and which of them it has read "
+                            "is not handed over; restart vdev instead")
     return BackendPart(backend.memory.export(put), dict(backend._stopped_at), dict(backend._told),
                        tuple(sorted(backend._answered)), backend.state.export(), put(backend.reverse.fileno()),
                        backend._introduced, tuple(sorted(backend._reported)))

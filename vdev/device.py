@@ -62,8 +62,8 @@ class Device:
         pairs = self.config.queue_pairs
         audience = Audience(self.config.personality, owner_first=opening == Request.SET_OWNER)
         features = virtio_features(self.port.carries, pairs, self.config.features.remove | audience.withheld)
-        return Offer(features, protocol_features(features, self._arrivals is not None), rings=2 * pairs,
-                     queue_num=audience.queue_num(pairs), max_mem_slots=MEM_SLOTS)
+        return Offer(features, protocol_features(features, audience, self._arrivals is not None),
+                     rings=2 * pairs, queue_num=audience.queue_num(pairs), max_mem_slots=MEM_SLOTS)
 
     @property
     def needs(self) -> list[Needs]:

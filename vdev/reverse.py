@@ -5,8 +5,9 @@ its own and waits for our answers. A request that wants an answer is sent with n
 the answer is kept; answers come in the order of the requests (vhost-user, "Back-end communication").
 
 The channel belongs to a device and outlives sessions, so that the control loop can watch one descriptor, an epoll
-instance, for as long as the device is there; the channel of a session is a member of it. User-mode Linux gives the
-writing end of a pipe: requests go out, and no answer can come.
+instance, for as long as the device is there; the channel of a session is a member of it, and so is what has to be
+looked at before something is sent. The channel may be the writing end of a pipe: requests go out, and no answer can
+come.
 """
 
 import logging
@@ -42,6 +43,7 @@ class ReverseChannel:
         self._epoll = select.epoll()
         self._peer: Transport | Pipe | None = None
         self._waiting: deque[tuple[BackendRequest, Answered]] = deque()
+        self._watched: dict[int, Callable[[], None]] = {}
 
     @property
     def watch_fd(self) -> int:
@@ -92,10 +94,31 @@ class ReverseChannel:
             self._waiting.append((request, answered))
         return True
 
+    def watch(self, fd: int, signalled: Callable[[], None]) -> None:
+        """Call ``signalled`` once when ``fd`` is readable, and once more after each :meth:`rearm`."""
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+        self._watched[fd] = signalled
+
+    def rearm(self, fd: int) -> None:
+        """Look at ``fd``, which is watched, again."""
+        self._epoll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def unwatch(self, fd: int) -> None:
+        """Forget ``fd``, which is watched and must not be closed yet."""
+        self._epoll.unregister(fd)
+        del self._watched[fd]
+
     def on_ready(self) -> None:
-        """Take the answers that are there."""
+        """Take the answers that are there, and look at what was signalled."""
+        for fd, _ in self._epoll.poll(0):
+            if fd == self.fileno():
+                self._take_answers()
+            elif fd in self._watched:  # not taken away by what was done before it
+                self._watched[fd]()
+
+    def _take_answers(self) -> None:
         try:
-            for message in self._peer.turn() if self.answers else ():
+            for message in self._peer.turn():
                 with message.fds:
                     self._take(message.request, message.payload)
         except (PeerError, Refused, OSError) as error:  # OSError: the socket is of another kind, or not connected

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 from ring import guestmem, journal, pump
 from vdev import (
-    backend, capabilities, handover, landlock, listen, logs, loop, notify, reverse, seccomp, service, sources,
+    backend, capabilities, handover, inband, landlock, listen, logs, loop, notify, reverse, seccomp, service, sources,
     state_transfer,
 )
 from vdev.ports.base import Needs
@@ -101,7 +101,7 @@ SYSCALLS = {
 # Every daemon's; what only some ports need they say themselves.
 AREAS: tuple[Mapping[str, str], ...] = (
     SYSCALLS, loop.SYSCALLS, logs.SYSCALLS, listen.SYSCALLS, sources.SYSCALLS, notify.SYSCALLS, service.SYSCALLS,
-    transport.SYSCALLS, backend.SYSCALLS, state_transfer.SYSCALLS, reverse.SYSCALLS, handover.SYSCALLS,
+    transport.SYSCALLS, backend.SYSCALLS, state_transfer.SYSCALLS, reverse.SYSCALLS, inband.SYSCALLS, handover.SYSCALLS,
     guestmem.SYSCALLS, journal.SYSCALLS, pump.SYSCALLS)
 
 

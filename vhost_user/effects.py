@@ -106,6 +106,10 @@ def set_vring_kick(state: State, payload: VringFd, _body: Any) -> State:
     return _ring(state, payload.index, Event.KICK, kick=_notifier(payload))
 
 
+def vring_kick(state: State, payload: VringState, _body: Any) -> State:
+    return _ring(state, payload.index, Event.KICK)
+
+
 def set_vring_call(state: State, payload: VringFd, _body: Any) -> State:
     return _ring(state, payload.index, Event.CALL, call=_notifier(payload))
 

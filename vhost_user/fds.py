@@ -61,3 +61,8 @@ class OwnedFds:
         if self._fds:
             warnings.warn(f"descriptors never taken nor closed: {self._fds}", ResourceWarning, stacklevel=2)
             self.close()
+
+
+def is_eventfd(fd: int) -> bool:
+    """Is ``fd`` an eventfd? Raises OSError."""
+    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"

@@ -39,9 +39,9 @@ from .wire import (
 )
 
 
-# Whoever sets these, of the virtio or of the protocol features, must give addresses otherwise.
+# Whoever sets these, of the virtio or of the protocol features, must give addresses, or kick, otherwise.
 ASKED_FOR_VIRTIO = mask(VirtioBit.ACCESS_PLATFORM)
-ASKED_FOR = mask(ProtocolFeature.GPA_ADDRESSES)
+ASKED_FOR = mask(ProtocolFeature.GPA_ADDRESSES, ProtocolFeature.INBAND_NOTIFICATIONS)
 
 
 class NoAnswer(Exception):
@@ -320,6 +320,10 @@ class FrontEnd:
     def set_vring_kick(self, index: int, fd: int | None, need_reply: bool | None = None) -> None:
         """Give a ring its kick eventfd, None for polling. Starts it."""
         self._vring_fd(Request.SET_VRING_KICK, index, fd, need_reply)
+
+    def vring_kick(self, index: int, need_reply: bool | None = None) -> None:
+        """Kick a ring by message (INBAND_NOTIFICATIONS). Starts it."""
+        self._state(Request.VRING_KICK, index, 0, need_reply)
 
     def set_vring_call(self, index: int, fd: int | None, need_reply: bool | None = None) -> None:
         """Give a ring its call eventfd, None for polling."""

@@ -163,6 +163,9 @@ REQUESTS: dict[Request, Row] = {
         body=_base),
     Request.SET_VRING_KICK: Row(
         wire.VRING_FD, fds=(0, 1), ring=Event.KICK, rule=rules.set_vring_kick, effect=effects.set_vring_kick),
+    Request.VRING_KICK: Row(
+        wire.VRING_STATE, gate=_negotiated(ProtocolFeature.INBAND_NOTIFICATIONS), ring=Event.KICK,
+        rule=rules.vring_kick, effect=effects.vring_kick),
     Request.SET_VRING_CALL: Row(
         wire.VRING_FD, fds=(0, 1), ring=Event.CALL, rule=rules.vring_fd, effect=effects.set_vring_call),
     Request.SET_VRING_ERR: Row(
@@ -219,7 +222,6 @@ NOT_HANDLED: dict[Request, str] = {
     Request.GET_INFLIGHT_FD: "INFLIGHT_SHMFD",
     Request.SET_INFLIGHT_FD: "INFLIGHT_SHMFD",
     Request.GPU_SET_SOCKET: "a GPU device",
-    Request.VRING_KICK: "INBAND_NOTIFICATIONS",
     Request.GET_SHARED_OBJECT: "SHARED_OBJECT",
     Request.GET_SHMEM_CONFIG: "SHMEM",
     Request.GET_VRING_BASE_SKIP_DRAIN: "GET_VRING_BASE_SKIP_DRAIN",

@@ -27,6 +27,7 @@ from .wire import U64, Iotlb, Log, MemTable, Region, StateTransfer, VringAddr, V
 Rule = Callable[[Offer, State, Any, int], None]
 
 _LOG_ALL = mask(VirtioBit.LOG_ALL)
+_IN_BAND_NEEDS = mask(ProtocolFeature.REPLY_ACK, ProtocolFeature.BACKEND_REQ)
 # No sum may reach these: 64 bits of address, and a file offset that can still be rounded up to the largest
 # huge page there is (1 GiB).
 _ADDRESS_END = 1 << 64
@@ -61,6 +62,10 @@ def set_protocol_features(offer: Offer, state: State, payload: U64, _fds: int) -
     if unknown:
         raise Refused(f"{bit_names(unknown, ProtocolFeature)} was not offered",
                       "the front-end may set only bits that GET_PROTOCOL_FEATURES showed")
+    lacking = _IN_BAND_NEEDS & ~payload.value
+    if payload.value >> ProtocolFeature.INBAND_NOTIFICATIONS & 1 and lacking:
+        raise Refused(f"INBAND_NOTIFICATIONS is set without {bit_names(lacking, ProtocolFeature)}",
+                      "the front-end must set it too, or leave INBAND_NOTIFICATIONS out", "In-band notifications")
     changed = payload.value ^ state.protocol_features
     if state.running and changed:
         raise Refused(f"{bit_names(changed, ProtocolFeature)} would change while a ring is started",
@@ -195,18 +200,25 @@ def vring_fd(_offer: Offer, _state: State, payload: VringFd, fds: int) -> None:
 
 def set_vring_kick(offer: Offer, state: State, payload: VringFd, fds: int) -> None:
     vring_fd(offer, state, payload, fds)
-    if not state.rings[payload.index].started:
-        _can_start(state, payload.index)
+    _can_start(state, payload.index)
+
+
+def vring_kick(_offer: Offer, state: State, payload: VringState, _fds: int) -> None:
+    if payload.num:
+        raise Refused(f"num is {payload.num}, which means nothing yet", "the front-end must set it to 0")
+    _can_start(state, payload.index)
 
 
 def _can_start(state: State, index: int) -> None:
     """Everything a ring must have been told before it starts, except that its memory is there."""
     ring = state.rings[index]
+    if ring.started:
+        return
     missing = [name for name, known in (("SET_FEATURES", state.features), ("SET_VRING_NUM", ring.num),
                                         ("SET_VRING_ADDR", ring.addr)) if not known]
     if missing:
         raise Refused(f"the ring cannot start: {', '.join(missing)} never came",
-                      "the front-end must send the kick eventfd last", "Ring states")
+                      "the front-end must kick the ring, or send its kick eventfd, last", "Ring states")
     if not state.has_virtio(VirtioBit.RING_PACKED) and ring.num & (ring.num - 1):
         raise Refused(f"the ring cannot start: size {ring.num} is not a power of two",
                       "the driver must choose one for a split ring (virtio 1.x, \"Split Virtqueues\")",

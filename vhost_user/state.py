@@ -1,9 +1,9 @@
 """What a session has agreed on, and the tables that say how each message may change it.
 
 Theory of operation ("Ring states"). A ring has two independent facts. Whether it *runs* is moved by
-SET_VRING_KICK and GET_VRING_BASE; whether it is *enabled* is moved by SET_VRING_ENABLE. The two tables RUN
-and FLOW are all there is to know: ``RUN[now][event]`` is what comes next, and an event without an entry
-is illegal now. Everything here is immutable: an effect (:mod:`vhost_user.effects`) takes a state and gives
+SET_VRING_KICK (or VRING_KICK) and GET_VRING_BASE; whether it is *enabled* is moved by SET_VRING_ENABLE. The
+two tables RUN and FLOW are all there is to know: ``RUN[now][event]`` is what comes next, and an event without
+an entry is illegal now. Everything here is immutable: an effect (:mod:`vhost_user.effects`) takes a state and gives
 the next one, so a request that is refused half way cannot leave half a change behind, and what a request
 *would* do can be asked.
 """
@@ -91,7 +91,7 @@ class Postcopy(Enum):
 class Notifier(Enum):
     """What is known about one of a ring's eventfds."""
 
-    UNSET = auto()  # no message yet
+    UNSET = auto()  # no message yet; with INBAND_NOTIFICATIONS there are messages in its place
     FD = auto()
     POLL = auto()  # the front-end said that there is none
 

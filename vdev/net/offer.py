@@ -57,6 +57,14 @@ class Audience:
         IOMMU to ask; of a front-end that has one and begins with SET_OWNER nothing is known."""
         return mask(F.ACCESS_PLATFORM) if self.owner_first else 0
 
+    @property
+    def extra(self) -> int:
+        """The protocol features that it is offered and others are not. QEMU sets INBAND_NOTIFICATIONS, in any of its
+        devices, and has no code for it. User-mode Linux does its part and sets it whenever it can, simulation or not;
+        messages are slower than eventfds, so they are for the operator to ask for."""
+        in_band = self.personality == "full" and self.owner_first
+        return mask(P.INBAND_NOTIFICATIONS) if in_band else 0
+
     def queue_num(self, queue_pairs: int) -> int:
         """What GET_QUEUE_NUM answers. QEMU's net device means queue pairs, generic front-ends mean rings."""
         return queue_pairs if self.personality == "qemu-net" else 2 * queue_pairs
@@ -91,11 +99,11 @@ def possible(carries: Carries, queue_pairs: int) -> int:
     return ALWAYS | carries.offloads | (mask(F.MQ) if queue_pairs > 1 else 0)
 
 
-def protocol_features(virtio: int, postcopy: bool = False) -> int:
-    """The mask GET_PROTOCOL_FEATURES answers beside the ``virtio`` features offered: there is no way to share a log
-    where there is no log. postcopy: there are userfaultfds to be had, and the front-end may have them."""
-    features = PROTOCOL if virtio & mask(F.LOG_ALL) else PROTOCOL & ~mask(P.LOG_SHMFD)
-    return features | mask(P.PAGEFAULT) if postcopy else features
+def protocol_features(virtio: int, audience: Audience, postcopy: bool = False) -> int:
+    """The mask GET_PROTOCOL_FEATURES answers to ``audience`` beside the ``virtio`` features offered: there is no way to
+    share a log where there is no log. postcopy: there are userfaultfds to be had, and the front-end may have them."""
+    offered = PROTOCOL | audience.extra | (mask(P.PAGEFAULT) if postcopy else 0)
+    return offered if virtio & mask(F.LOG_ALL) else offered & ~mask(P.LOG_SHMFD)
 
 
 def virtio_features(carries: Carries, queue_pairs: int, removed: int = 0) -> int:
