@@ -36,6 +36,7 @@ from vdev.ports.base import Port, PortError
 from vdev.postcopy import Arrivals, CutOff, SessionPostcopy
 from vdev.reverse import ReverseChannel
 from vdev.session_state import SessionState
+from vhost_user.fds import is_eventfd
 from vhost_user.requests import MEMORY_KNOWN
 from vhost_user.fds import is_eventfd
 from vhost_user.session import Accepted, Result, Session
@@ -44,12 +45,6 @@ from vhost_user.state import Notifier, State
 from vhost_user.wire import Region
 
 RARP_INTERVAL = 0.02  # seconds between announcements; QEMU sends five, 50 ms and more apart
-
-SYSCALLS = {
-    "readlink": "is a descriptor that arrived an eventfd",
-    "readlinkat": "the same, on machines without readlink",
-    "write": "announcements, and err eventfds",
-}
 
 
 class _Refuse(Exception):

@@ -28,12 +28,12 @@ from dataclasses import dataclass, field
 
 from ring import guestmem, journal, pump
 from vdev import (
-    backend, capabilities, handover, inband, landlock, listen, logs, loop, notify, reverse, seccomp, service, sources,
+    capabilities, handover, inband, landlock, listen, logs, loop, notify, reverse, seccomp, service, sources,
     state_transfer,
 )
 from vdev.ports.base import Needs
 from vdev.syscalls import checked, libc
-from vhost_user import transport
+from vhost_user import fds, transport
 
 DESCRIPTORS = 64  # for the process
 DESCRIPTORS_PER_PAIR = 32  # for each queue pair, with what waits in messages
@@ -101,7 +101,7 @@ SYSCALLS = {
 # Every daemon's; what only some ports need they say themselves.
 AREAS: tuple[Mapping[str, str], ...] = (
     SYSCALLS, loop.SYSCALLS, logs.SYSCALLS, listen.SYSCALLS, sources.SYSCALLS, notify.SYSCALLS, service.SYSCALLS,
-    transport.SYSCALLS, backend.SYSCALLS, state_transfer.SYSCALLS, reverse.SYSCALLS, inband.SYSCALLS, handover.SYSCALLS,
+    transport.SYSCALLS, fds.SYSCALLS, state_transfer.SYSCALLS, reverse.SYSCALLS, inband.SYSCALLS, handover.SYSCALLS,
     guestmem.SYSCALLS, journal.SYSCALLS, pump.SYSCALLS)
 
 

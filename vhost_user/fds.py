@@ -9,6 +9,18 @@ import os
 import warnings
 from collections.abc import Iterable
 
+# What that takes (the sandbox of whoever serves a socket collects these): call, reason.
+SYSCALLS = {
+    "readlink": "is a descriptor that arrived an eventfd",
+    "readlinkat": "the same, on machines without readlink",
+}
+
+
+def is_eventfd(fd: int) -> bool:
+    """Is ``fd``, which is open, an eventfd?"""
+    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+
+
 
 class OwnedFds:
     """A short list of open descriptors with one owner.
