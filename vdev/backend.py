@@ -38,7 +38,6 @@ from vdev.reverse import ReverseChannel
 from vdev.session_state import SessionState
 from vhost_user.fds import is_eventfd
 from vhost_user.requests import MEMORY_KNOWN
-from vhost_user.fds import is_eventfd
 from vhost_user.session import Accepted, Result, Session
 from vhost_user.spec import STATE_NOFD, IotlbType, ProtocolFeature, Request
 from vhost_user.state import Notifier, State

@@ -21,7 +21,6 @@ def is_eventfd(fd: int) -> bool:
     return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
 
 
-
 class OwnedFds:
     """A short list of open descriptors with one owner.
 
@@ -73,8 +72,3 @@ class OwnedFds:
         if self._fds:
             warnings.warn(f"descriptors never taken nor closed: {self._fds}", ResourceWarning, stacklevel=2)
             self.close()
-
-
-def is_eventfd(fd: int) -> bool:
-    """Is ``fd`` an eventfd? Raises OSError."""
-    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
