@@ -437,6 +437,18 @@ def test_P59_removing_the_region_of_a_live_ring_breaks_the_ring(served, guest) -
     assert receive(served.port.wire[0]) == FRAME
 
 
+def test_P59_P82_broken_ring_whose_err_descriptor_blocks(served, guest) -> None:
+    """A full eventfd that its owner made blocking: the control loop, which says that the ring broke, goes on."""
+    full = os.eventfd(0)
+    os.eventfd_write(full, 0xFFFFFFFFFFFFFFFE)
+    guest.front_end.set_vring_err(1, full, need_reply=True)
+    os.set_blocking(full, True)
+    guest.front_end.rem_mem_reg(region(guest.memory), need_reply=True)
+    served.wait_for("ring-broken", 2)
+    assert guest.front_end.get_vring_base(1) == 0
+    os.close(full)
+
+
 def test_F24_memory_comes_and_goes_under_traffic(served, guest) -> None:
     guest.front_end.get_features()  # answered: so all before it is done
     files, maps = open_files(), mappings()

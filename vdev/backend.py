@@ -12,7 +12,6 @@ that broke stays with the engine, silent, until GET_VRING_BASE, a reset or the e
 front-end can still ask for its base.
 """
 
-import contextlib
 import logging
 import os
 import time
@@ -36,7 +35,7 @@ from vdev.ports.base import Port, PortError
 from vdev.postcopy import Arrivals, CutOff, SessionPostcopy
 from vdev.reverse import ReverseChannel
 from vdev.session_state import SessionState
-from vhost_user.fds import is_eventfd
+from vhost_user.fds import is_eventfd, signal
 from vhost_user.requests import MEMORY_KNOWN
 from vhost_user.session import Accepted, Result, Session
 from vhost_user.spec import STATE_NOFD, IotlbType, ProtocolFeature, Request
@@ -385,8 +384,7 @@ class Backend:
         for index in indices:
             err = self.engine.rings[index].err
             if err >= 0:
-                with contextlib.suppress(OSError):
-                    os.write(err, (1).to_bytes(8, "little"))
+                signal(err)
         self.report_broken()
 
     def translations_missing(self) -> None:

@@ -19,6 +19,7 @@ from ring.build import lib
 from ring.errors import ChainError, MemoryGone, RingBroken
 from ring.pump import DROP_REASONS, Flow, FlowStats, LaneConfig, LaneEvent
 from ring.virtqueue import CallReason, Chain, VirtQueue
+from vhost_user.fds import ready, signal
 
 NET_HEADER: int = lib.NET_HEADER
 ETHERNET_HEADER: int = lib.ETHERNET_HEADER
@@ -107,21 +108,6 @@ _PORT_IS_DEAD = {errno.EBADFD, errno.EBADF, errno.EPIPE, errno.ECONNRESET, errno
 def port_is_dead(error: OSError) -> bool:
     """Is this the end of the port, rather than of one frame?"""
     return error.errno in _PORT_IS_DEAD
-
-
-def ready(fd: int, events: int) -> bool:
-    """Is ``fd`` ready for one of ``events`` (select.POLLIN, POLLOUT) this very moment?"""
-    poll = select.poll()
-    poll.register(fd, events)
-    return any(happened & events for _, happened in poll.poll(0))
-
-
-def signal(fd: int) -> None:
-    """Signal an eventfd or pipe without ever blocking on its other side, which can clear O_NONBLOCK and fill it: a
-    full counter is a delivered signal."""
-    if ready(fd, select.POLLOUT):
-        with contextlib.suppress(OSError):
-            os.write(fd, (1).to_bytes(8, "little"))
 
 
 def drain(fd: int) -> None:

@@ -4,8 +4,10 @@ A descriptor received is a resource the peer spends from our table, so each one 
 object from the moment recvmsg() returns. Whoever wants to keep it takes it out; the rest is closed.
 """
 
+import contextlib
 import errno
 import os
+import select
 import warnings
 from collections.abc import Iterable
 
@@ -13,12 +15,29 @@ from collections.abc import Iterable
 SYSCALLS = {
     "readlink": "is a descriptor that arrived an eventfd",
     "readlinkat": "the same, on machines without readlink",
+    "poll": "can a descriptor that arrived be written without waiting",
+    "ppoll": "the same, on machines without poll",
 }
 
 
 def is_eventfd(fd: int) -> bool:
     """Is ``fd``, which is open, an eventfd?"""
     return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+
+
+def ready(fd: int, events: int) -> bool:
+    """Is ``fd`` ready for one of ``events`` (select.POLLIN, POLLOUT) this very moment?"""
+    poll = select.poll()
+    poll.register(fd, events)
+    return any(happened & events for _, happened in poll.poll(0))
+
+
+def signal(fd: int) -> None:
+    """Signal an eventfd or pipe without blocking on its other side, which can clear O_NONBLOCK and fill it: a full
+    counter is a delivered signal."""
+    if ready(fd, select.POLLOUT):
+        with contextlib.suppress(OSError):
+            os.write(fd, (1).to_bytes(8, "little"))
 
 
 class OwnedFds:
