@@ -339,7 +339,7 @@ def test_F39_status_that_stops_a_ring(code) -> None:
         def fail() -> None:
             with device.device.engine.paused():
                 device.device.engine.rings[1].queue.fail(named(code))
-            device.device._connection._backend.report_broken()
+            device.device._connection._backend.rings.report_broken()
 
         device.call(fail)
         assert "transmitq 0 stopped: " in device.wait_for("ring-broken")

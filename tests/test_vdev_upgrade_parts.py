@@ -21,6 +21,7 @@ from vdev.ports import adopt_port, link, open_port, tun
 from vdev.ports.base import Carries, PortPart
 from vdev.ports.spec import parse_port
 from vdev.ports.tap import Tap
+from vdev.session_rings import SessionRings
 from vdev.session_state import SessionState
 from vdev.testing.netdriver import NetHeader
 from vdev.testing.rig import pumped
@@ -50,6 +51,8 @@ ELSEWHERE = {
               # notified by messages
               "dirty", "postcopy", "iommu", "inband",
               "_abandoned"},  # a device whose worker is stuck has no session
+    SessionRings: {"session", "engine", "port", "log", "memory", "postcopy", "dirty", "state", "iommu",
+                   "inband"},  # lent by Backend
     SessionState: {"_engine", "_port", "_session", "_log", "_transfer"},
     Connection: {"_log", "_transport", "_session"},
     Engine: {"port", "features", "mtu", "watch_kicks",  # as the session's state says
@@ -69,6 +72,7 @@ def test_every_attribute_of_a_session_is_handed_on():
         parcel = Parcel()
         assert not attributes(connection, connection.export(parcel.put))
         assert not attributes(connection._backend, export(connection._backend, parcel.put))
+        assert not attributes(connection._backend.rings, connection._backend.rings.export())
         assert not attributes(connection._backend.state, connection._backend.state.export())
         assert not attributes(served.device.engine, served.device.engine.export(parcel.put))
         served.call(connection.close)

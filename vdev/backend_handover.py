@@ -9,6 +9,7 @@ from vdev.backend import Backend
 from vdev.engine import EnginePart, ring_name
 from vdev.handover import HandoverError, Put, Take
 from vdev.memory import SharedRegion
+from vdev.session_rings import SessionRingsPart
 from vdev.session_state import SessionStatePart
 from vhost_user.state import State
 
@@ -18,13 +19,9 @@ class BackendPart:
     """A session's hands as they are handed on, the engine apart. reverse: the back-end channel's descriptor."""
 
     memory: tuple[SharedRegion, ...]
-    stopped_at: dict[int, int]
-    told: dict[int, int]
-    answered: tuple[int, ...]
+    rings: SessionRingsPart
     state: SessionStatePart
     reverse: int
-    introduced: bool
-    reported: tuple[int, ...]
 
 
 def export(backend: Backend, put: Put) -> BackendPart:
@@ -38,9 +35,8 @@ def export(backend: Backend, put: Put) -> BackendPart:
     if backend.inband.on(backend.session.state):
         raise HandoverError("a front-end is notified by messages (INBAND_NOTIFICATIONS), and which of them it has read "
                             "is not handed over; restart vdev instead")
-    return BackendPart(backend.memory.export(put), dict(backend._stopped_at), dict(backend._told),
-                       tuple(sorted(backend._answered)), backend.state.export(), put(backend.reverse.fileno()),
-                       backend._introduced, tuple(sorted(backend._reported)))
+    return BackendPart(backend.memory.export(put), backend.rings.export(), backend.state.export(),
+                       put(backend.reverse.fileno()))
 
 
 def adopt(backend: Backend, part: BackendPart, engine: EnginePart, take: Take) -> None:
@@ -48,10 +44,9 @@ def adopt(backend: Backend, part: BackendPart, engine: EnginePart, take: Take) -
 
     Raises SetupError, HandoverError, ValueError.
     """
-    backend._stopped_at, backend._told, backend._answered = part.stopped_at, part.told, set(part.answered)
+    backend.rings.adopt(part.rings)
     if part.reverse >= 0:
         backend.reverse.adopt(take(part.reverse))
-    backend._introduced, backend._reported = part.introduced, set(part.reported)
     backend.memory.adopt(part.memory, take)
     backend.state.adopt(part.state)
     state = backend.session.state
@@ -67,4 +62,4 @@ def adopt(backend: Backend, part: BackendPart, engine: EnginePart, take: Take) -
 def _queue(backend: Backend, state: State, index: int, base: int) -> VirtQueue:
     if backend.memory.table is None or state.rings[index].addr is None:
         raise HandoverError(f"{ring_name(index)} has lost its memory; reset the guest's driver first")
-    return backend._queue(state, index, base)
+    return backend.rings.queue(state, index, base)

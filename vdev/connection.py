@@ -84,7 +84,7 @@ class Connection:
                 self._serve(message)
         except Disconnected as end:
             raise Disconnected(f"{end}{self._left_early()}") from None
-        self._resume_at = time.monotonic() + RESUME_DELAY_QUIET if self._backend.parked else None
+        self._resume_at = time.monotonic() + RESUME_DELAY_QUIET if self._backend.rings.parked else None
 
     def _left_early(self) -> str:
         """What it probably means when a front-end leaves so soon. One whose guest was reset, or has no driver yet,
@@ -124,8 +124,8 @@ class Connection:
         now = time.monotonic()
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
-            if self._backend.parked:
-                self._guarded(self._backend.resume_parked)
+            if self._backend.rings.parked:
+                self._guarded(self._backend.rings.resume_parked)
         if self._port_retry_at is not None and now >= self._port_retry_at:
             self._port_retry_at = None
             self._recover_port()
@@ -141,7 +141,7 @@ class Connection:
         if events & LaneEvent.MEMORY_GONE:
             raise Close(_VANISHED)
         if events & (LaneEvent.FROM_GUEST_BROKEN | LaneEvent.TO_GUEST_BROKEN):
-            self._backend.report_broken()
+            self._backend.rings.report_broken()
         if events & LaneEvent.MISS:
             self._guarded(self._backend.translations_missing)
         if events & LaneEvent.DENIED:
