@@ -24,7 +24,8 @@ from vhost_user.spec import mask as protocol_mask
 
 SETTLE_SECONDS = 2.0  # what a session leaves is gone by then
 WAIT = 10.0  # seconds until a test gives up
-GROWTH = 8 << 20  # bytes of its own memory the daemon may have more than at first: logs, caches, Python's arenas
+# Bytes of its own memory a process may have more than at first: logs, caches, what malloc keeps of frames of 4 MiB.
+GROWTH = 16 << 20
 # Named one by one: what is offered grows, and some of it changes what a request means.
 FEATURES = mask(Feature.VERSION_1, Feature.MRG_RXBUF, Feature.EVENT_IDX, Feature.INDIRECT_DESC, Feature.MTU)
 PROTOCOL = protocol_mask(ProtocolFeature.MQ, ProtocolFeature.RARP, ProtocolFeature.REPLY_ACK, ProtocolFeature.MTU,
