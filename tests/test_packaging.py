@@ -23,9 +23,10 @@ LEFTOVERS = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info
 # These ask about the source tree, or are a stage of their own; an installed vdev is tested by all the others.
 ABOUT_THE_TREE = ("test_packaging.py", "test_house.py", "test_docs.py", "test_c.py", "test_c_faults.py",
                   "test_fuzz.py", "test_proofs.py", "test_ring_memory_order.py", "test_tools_*.py", "system", "interop")
-# These drive for minutes what the others have shown to be there and to work.
-AT_LENGTH = ("test_ring_agreement.py", "test_ring_dirty_oracle.py", "test_ring_loadgen.py", "test_ring_pump*.py",
-             "test_rows*.py", "test_vdev_backend*.py", "test_vdev_step_agreement.py")
+# A normal run takes those that use what only an installation can lack: the extension, the data files, the commands.
+QUICK = ("test_ring_build.py", "test_ring_guestmem.py", "test_ring_reference.py", "test_ring_virtqueue.py",
+         "test_vhost_user_*.py", "test_vdev_cli.py", "test_vdev_config.py", "test_vdev_daemon.py", "test_vdev_net_*.py",
+         "test_vdev_ports_*.py", "test_vdev_systemd.py")
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -105,14 +106,17 @@ def test_installed_command_works_without_the_source(installed: Path, tmp_path: P
     assert run(installed / "vdev", "--version", cwd=tmp_path).stdout.split() == ["vdev", PROJECT["version"]]
 
 
-def test_wheel_passes_the_unit_tests_from_an_empty_directory(installed: Path, sdist: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chosen", [QUICK, pytest.param(("test_*.py",), marks=pytest.mark.long)], ids=["some", "all"])
+def test_wheel_passes_the_unit_tests_from_an_empty_directory(installed: Path, sdist: Path, tmp_path: Path,
+                                                             chosen: tuple[str, ...]) -> None:
     """The tests of the sdist, away from its sources, against the installed wheel."""
     shutil.copytree(sdist / "tests", tmp_path / "tests")
     shutil.copytree(sdist / "docs", tmp_path / "docs")  # some tests compare a table there with the code
     shutil.copy(sdist / "pyproject.toml", tmp_path)  # pytest's options
     record = tmp_path / "results.json"
     run(installed / "pytest", "-q", "--numprocesses=auto", "--results", record,
-        *(f"--ignore-glob=tests/{name}" for name in ABOUT_THE_TREE + AT_LENGTH), cwd=tmp_path)
+        *(f"--ignore-glob=tests/{name}" for name in ABOUT_THE_TREE),
+        *sorted({path for name in chosen for path in (tmp_path / "tests").glob(name)}), cwd=tmp_path)
     results = json.loads(record.read_text())
     assert results["passed"] > 50
     assert not results["failed"]

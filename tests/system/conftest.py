@@ -21,6 +21,11 @@ TOOL_SECONDS = 600  # the first time, a download of some 30 MB
 TEST_SECONDS = 2 * TOOL_SECONDS + 120
 
 
+# Of the marked tests, which a normal run leaves to --long: each QEMU takes one ring format.
+LONG_PAIRS = {("distribution", "packed"), ("backport", "split")}
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests/conftest.py looks for the mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Guests are slow, and what they are made of may have to be fetched: the usual limit is not for them.
 
@@ -29,6 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+            if item.get_closest_marker("crossed"):
+                parameters = item.callspec.params
+                rings = parameters.get("rings") or ("packed" if parameters["packed"] else "split")
+                if (parameters["qemu"], rings) in LONG_PAIRS:
+                    item.add_marker(pytest.mark.long)
             if "bench" in item.fixturenames:
                 item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{item.callspec.params['qemu']}"))
 

@@ -18,6 +18,7 @@ ASKED = {0, 1}
 ROUNDS = 3
 RESUMED_WITHIN = 1.0  # seconds: what a daemon waits in which nothing happens
 
+pytestmark = pytest.mark.crossed
 every_ring = pytest.mark.parametrize("rings", ["split", "packed"])
 
 

@@ -30,6 +30,7 @@ def _back(guest: LinuxGuest, lan: Namespace) -> None:
     assert ping_from_host(lan, GUEST, 20).lost == 0
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_F17_network_is_back_after_two_reboots(lan, start_daemon, start_guest, socket_folder: Path, packed) -> None:
     socket_path = socket_folder / "reboot"

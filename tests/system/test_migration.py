@@ -130,9 +130,11 @@ def own_device(lan: Namespace) -> list[list[str]]:
     return networks
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)], ids=["once", "ten-times"])
-@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
+@pytest.mark.parametrize(("postcopy", "packed", "times"), [
+    pytest.param(False, False, 1, id="precopy-split-once"), pytest.param(True, True, 1, id="postcopy-packed-once"),
+    *(pytest.param(postcopy, packed, 10, marks=pytest.mark.long,
+                   id=f"{'postcopy' if postcopy else 'precopy'}-{'packed' if packed else 'split'}-ten-times")
+      for postcopy in (False, True) for packed in (False, True))])
 def test_F29_there_and_back_under_load(request, sound, bridge, pair, boot, times, packed, postcopy) -> None:
     if postcopy:
         request.getfixturevalue("userfaults")

@@ -130,6 +130,7 @@ def tell(what: str, gaps: list[Gap]) -> None:
           f"{statistics.median(lost):.0f} (median), {max(lost)} at the most")
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("rings", ["split", "packed"])
 def test_F04_F05_killed_under_load(lan, start_guest, socket_folder: Path, rings: str, role: str) -> None:
@@ -148,6 +149,7 @@ def test_F04_F05_killed_under_load_many_times(lan, start_guest, socket_folder: P
     tell(f"{rings}, {role}", gaps)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("rings", ["split", "packed"])
 def test_F09_restarted_while_the_guest_is_paused(lan, start_guest, socket_folder: Path, rings: str) -> None:
     path = socket_folder / "s"

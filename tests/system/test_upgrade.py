@@ -12,6 +12,7 @@ UPGRADES = 3
 STATE = "cat /sys/class/net/eth0/carrier_changes /proc/sys/kernel/random/boot_id"
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_upgrades_under_traffic_go_unnoticed(lan, start_daemon, start_guest, socket_folder: Path, packed: bool) -> None:
     socket_path, upgrade = socket_folder / "guest", str(socket_folder / "upgrade")
