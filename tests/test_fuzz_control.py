@@ -82,7 +82,7 @@ MISTAKES = {
         "        except Refused as refused:\n            self.state = State(self.state.rings)\n",
         "a request that was refused changed the session"),
     "status 0 stops no ring": (
-        "vdev/backend.py", "for index in running - wanted:", "for index in ():", "AssertionError"),
+        "vdev/session_rings.py", "for index in running - wanted:", "for index in ():", "AssertionError"),
     "vanished memory is an internal error": (
         "vdev/connection.py", "        except MemoryGone:\n            raise Close(_VANISHED) from None\n", "",
         "ring.errors.MemoryGone"),

@@ -20,10 +20,11 @@ import pytest
 from ring.build import lib
 from ring.errors import ChainError, MemoryGone, QueueBusy, RingBroken, SetupError, TranslationMissing, named
 from ring.guestmem import Owner
-from vdev.backend import _HANDLERS, Backend
+from vdev.backend import _HANDLERS
 from vdev.connection import Connection
 from vdev.engine import Engine
 from vdev.net.features import Feature, mask
+from vdev.session_rings import SessionRings
 from vdev.testing.daemon import Daemon
 from vdev.testing.faults import goes_round, processor_seconds
 from vdev.testing.kept import FRAME, WAIT, assert_returned, holding
@@ -282,8 +283,9 @@ def test_F38_handler_of_a_request_fails(monkeypatch, request_kind) -> None:
         ends_with_a_bug(device)
 
 
-@pytest.mark.parametrize("where", [(Backend, "_settle"), (Backend, "_introduce"), (Engine, "build"), (Engine, "run"),
-                                   (Engine, "stop"), (Engine, "forget"), (Owner, "table"), (Connection, "_serve")],
+@pytest.mark.parametrize("where", [(SessionRings, "settle"), (SessionRings, "_introduce"), (Engine, "build"),
+                                   (Engine, "run"), (Engine, "stop"), (Engine, "forget"), (Owner, "table"),
+                                   (Connection, "_serve")],
                          ids=lambda where: f"{where[0].__name__}.{where[1]}")
 def test_F38_inside_of_a_request_fails(monkeypatch, where) -> None:
     with served() as device, monkeypatch.context() as patch:
