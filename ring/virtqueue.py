@@ -25,7 +25,6 @@ from ring.errors import ChainError, QueueBusy, RingError, error
 from ring.guestmem import GuestMemory
 from ring.iotlb import Fault, Iotlb, fault_from
 
-
 _RING_PACKED = 34  # virtio 1.2, 6
 
 

@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+
 from vdev import listen, notify
 from vdev.config import DaemonConfig, DeviceConfig
 from vdev.errors import Failure

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ring.dirty import DirtyLog
-from vdev.engine import Marks
+from vdev.engine import Marks, leave_to_worker
 from vdev.logs import EventLog
 from vhost_user.spec import ProtocolFeature, VirtioBit
 from vhost_user.state import Offer, State
@@ -103,8 +103,5 @@ class SessionLog:
 
     def abandon(self) -> None:
         """Leave it mapped for good: a worker is stuck in it."""
-        _abandoned.append(self._current)
+        leave_to_worker(self._current)
         self._current = None
-
-
-_abandoned: list[object] = []

@@ -23,7 +23,6 @@ from ring.virtqueue import Takeover, VirtQueue
 from vdev.handover import Put, Take
 from vdev.ports.base import Port
 
-
 PATIENCE = 0.1  # seconds: a worker lets go after a burst
 
 
@@ -81,8 +80,12 @@ def ring_name(index: int) -> str:
     return f"{'transmitq' if index % 2 else 'receiveq'} {index // 2}"
 
 
-# What could not be freed because a worker is stuck in it; kept, so that it stays mapped.
 _abandoned: list[object] = []
+
+
+def leave_to_worker(*things: object) -> None:
+    """Keep what cannot be freed because a worker is stuck in it, so that it stays mapped for good."""
+    _abandoned.extend(things)
 
 
 class Engine:
@@ -155,7 +158,7 @@ class Engine:
     def _abandon(self) -> None:
         """Leave pump, lanes and rings to the stuck worker for good, and start with fresh ones."""
         self._carried.extend(lane.stats() for lane in self._lanes)
-        _abandoned.append((self._pump, self._lanes, self.rings, self._journal))
+        leave_to_worker(self._pump, self._lanes, self.rings, self._journal)
         self.drop_journal()
         self.rings = [Ring() for _ in self.rings]
         self._lanes = [Lane() for _ in self._lanes]

@@ -23,7 +23,7 @@ from ring.errors import RingError
 from ring.guestmem import GuestMemory
 from ring.iotlb import WRITE, Fault, Iotlb, Part, ring_parts
 from ring.virtqueue import VirtQueue
-from vdev.engine import Engine, ring_name
+from vdev.engine import Engine, leave_to_worker, ring_name
 from vdev.logs import EventLog
 from vdev.reverse import ReverseChannel
 from vhost_user.spec import BackendRequest, IotlbType, ProtocolFeature, VirtioBit
@@ -213,15 +213,12 @@ class Iommu:
 
     def abandon(self) -> None:
         """Leave the table for good: a worker is stuck in it."""
-        _abandoned.append(self.table)
+        leave_to_worker(self.table)
         self.table = Iotlb()
 
     def close(self) -> None:
         """Free the table. No ring may be left."""
         self.table.close()
-
-
-_abandoned: list[Iotlb] = []
 
 
 def _verb(fault: Fault) -> str:

@@ -64,6 +64,11 @@ def peer_uid(sock: socket.socket) -> int:
     return _credentials(sock)[1]
 
 
+def peer_is_trusted(sock: socket.socket) -> bool:
+    """May that user have all that this process has? Its own user and root may."""
+    return peer_uid(sock) in (0, os.geteuid())
+
+
 def _credentials(sock: socket.socket) -> tuple[int, int, int]:
     """(pid, uid, gid)"""
     return struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII")))

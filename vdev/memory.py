@@ -7,7 +7,7 @@ after. A change that fails leaves everything as it was.
 from dataclasses import dataclass
 
 from ring.guestmem import GuestMemory, Mapping, Owner, Policy
-from vdev.engine import Engine
+from vdev.engine import Engine, leave_to_worker
 from vdev.handover import HandoverError, Put, Take
 from vhost_user.fds import OwnedFds
 from vhost_user.wire import Region
@@ -122,11 +122,8 @@ class SessionMemory:
 
     def abandon(self) -> None:
         """Leave everything mapped for good: a worker is stuck in it."""
-        _abandoned.append((self._owner, self._mappings, self.table))
+        leave_to_worker(self._owner, self._mappings, self.table)
         self._mappings, self.table = [], None
-
-
-_abandoned: list[object] = []
 
 
 def _close(mappings) -> None:

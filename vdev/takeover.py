@@ -19,7 +19,7 @@ from vdev.connection import Connection
 from vdev.device import Device
 from vdev.errors import Failure
 from vdev.handover import Channel, Gone, HandoverError, Parcel
-from vdev.listen import Listener, peer_pid, peer_uid
+from vdev.listen import Listener, peer_is_trusted, peer_pid, peer_uid
 from vdev.logs import EventLog
 from vdev.plain import from_plain
 from vdev.ports.base import PortError
@@ -102,7 +102,7 @@ class Takeover:
                           f"--upgrade-path {path}") from None
         self._channel = Channel(sock)
         self.pid = peer_pid(sock)
-        if peer_uid(sock) not in (0, os.geteuid()):
+        if not peer_is_trusted(sock):
             self._channel.close()
             raise Failure(f"--upgrade-from {path}: user {peer_uid(sock)} listens there, whom this process does not "
                           "trust; run it as the same user")

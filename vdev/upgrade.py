@@ -24,7 +24,6 @@ Whoever is connected must run as the same user, or as root: it is given the memo
 
 import contextlib
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from vdev.device import Device, DevicePart
 from vdev.engine import EngineStuck
 from vdev.features_option import FeatureEdit
 from vdev.handover import Channel, HandoverError, Parcel, Put, undisturbed
-from vdev.listen import Listener, ListenerPart, peer_pid, peer_uid
+from vdev.listen import Listener, ListenerPart, peer_is_trusted, peer_pid, peer_uid
 from vdev.logs import EventLog
 from vdev.loop import Loop, Timer
 from vdev.plain import to_plain
@@ -138,7 +137,7 @@ class Upgrades:
             return
         channel = Channel(sock)
         channel.budget(ANSWER_SECONDS)
-        if peer_uid(sock) not in (0, os.geteuid()):
+        if not peer_is_trusted(sock):
             self._refuse(channel, sock, f"runs as user {peer_uid(sock)}, which is neither root nor this vdev's user; "
                          "run it as the same user")
         elif self._channel is not None:

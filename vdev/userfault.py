@@ -14,6 +14,8 @@ import fcntl
 import os
 import struct
 
+from vdev.syscalls import libc
+
 PATH = "/dev/userfaultfd"
 
 _READ, _WRITE = 2, 1
@@ -53,8 +55,6 @@ SYSCALLS = {
     "memfd_create": "what takes the place of memory that will not come",
 }
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 class Userfault:
     """One userfaultfd. All ranges are (address, bytes) of our memory, in whole pages of it.
@@ -74,7 +74,7 @@ class Userfault:
     def register(self, address: int, length: int) -> None:
         """From now on whoever touches a page there that is in no memory waits until somebody puts it there."""
         # khugepaged would fill the missing pages between those that came.
-        _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_NOHUGEPAGE)
+        libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_NOHUGEPAGE)
         *_, ioctls = _REGISTER.unpack(self._do(_DO_REGISTER, _REGISTER.pack(address, length, _MODE_MISSING, 0)))
         if not ioctls & _COPIES:
             raise OSError(errno.EOPNOTSUPP, "this kernel puts no pages into such memory")
