@@ -20,6 +20,7 @@ from vdev.net.features import HOST_GSO, Feature, mask
 from vdev.testing.handmade import add_spoiled
 from vdev.testing.netdriver import NetDriver, NetHeader
 from vdev.testing.rig import PumpedDevice, pumped
+from vdev.testing.waiting import wait_until
 
 BASE = mask(Feature.VERSION_1, Feature.INDIRECT_DESC, Feature.EVENT_IDX)
 MERGEABLE = BASE | mask(Feature.MRG_RXBUF)
@@ -33,14 +34,6 @@ NOWHERE = 1 << 60
 either_split = pytest.mark.parametrize("ring", [0, IN_ORDER], ids=["split", "split_in_order"])
 every_ring = pytest.mark.parametrize("ring", [0, PACKED, IN_ORDER, PACKED | IN_ORDER],
                                      ids=["split", "packed", "split_in_order", "packed_in_order"])
-
-
-def wait_until(condition) -> None:
-    """Fails the test when it does not come true within 20 seconds."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "what the test waits for did not come"
-        time.sleep(0.001)
 
 
 # -------------------------------------------------------------------------------------------- broken rings
@@ -202,7 +195,7 @@ def test_R18_R54_refused_chain_goes_back_with_length_0(ring):
 def collect(queue: DriverQueue, count: int) -> list:
     """Wait for so many used chains."""
     done = []
-    wait_until(lambda: len(done) >= count or done.extend(queue.collect_all()))
+    wait_until(lambda: len(done) >= count or done.extend(queue.collect_all()), f"{count} chains are used")
     return done
 
 
@@ -231,7 +224,7 @@ def test_R55_100_000_bad_chains_and_the_good_one_behind_them(ring):
         for turn in range(turns):
             make_available(driver.transmitq, 0, NOWHERE, 100, turn * count, count)
             published = (turn + 1) * count % modulo
-            wait_until(lambda place=published: queue.state.published == place)
+            wait_until(lambda place=published: queue.state.published == place, f"{published} is published", pause=0.001)
         assert device.from_guest.frames == 0
         make_available(driver.transmitq, 1, good, 12 + len(FRAME), turns * count)
         assert device.receive() == (NetHeader(), FRAME)

@@ -18,7 +18,8 @@ import pytest
 from vdev.net.features import Feature, mask
 from vdev.testing.dirty import FrontEndLog, changed, covering
 from vdev.testing.scripted import ScriptedGuest
-from vdev.testing.served import FRAME, WAIT, ServedDevice, WirePort, both_ways, receive
+from vdev.testing.served import FRAME, ServedDevice, WirePort, both_ways, receive
+from vdev.testing.waiting import wait_until
 from vdev.testing.watch import noise
 from vhost_user.errors import Disconnected
 from vhost_user.frontend import FrontEnd, RequestRefused
@@ -63,13 +64,6 @@ def standing(served: ServedDevice, guest: ScriptedGuest, log: FrontEndLog) -> tu
     return served.call(look)
 
 
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to be within the time"
-        time.sleep(0.001)
-
-
 def pages_of_rings(guest: ScriptedGuest) -> set[int]:
     """Those in which split used rings begin."""
     return {queue.ring.areas[2].gpa >> 12 for queue in (guest.driver.receiveq, guest.driver.transmitq)}
@@ -91,7 +85,8 @@ def test_VU_LOG_B_02_03_pages_changed_are_marked(served, ring, version) -> None:
             guest.driver.transmitq.kick()
             served.port.wire[0].send(bytes(12) + noise(1000, seed=number))
             assert receive(served.port.wire[0]) == noise(seed=number)
-            wait_until(lambda: guest.driver.transmitq.ring.pending() and guest.driver.receiveq.ring.pending())
+            wait_until(lambda: guest.driver.transmitq.ring.pending() and guest.driver.receiveq.ring.pending(),
+                       "both rings are used")
             after, marked = standing(served, guest, log)
             written = changed(guest.memory, before, after)
             assert written <= marked and len(written) >= 2  # a ring's page and a buffer's

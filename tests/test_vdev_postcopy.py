@@ -97,15 +97,24 @@ def test_VU_PC_B_04_the_end_closes_what_was_opened(served, connect):
     guest.front_end.advise().close()  # it may come again
 
 
+def worker_without_a_page(served: ServedDevice, guest: Arrival, page_of: str) -> None:
+    """Start ``guest``, and let a worker wait for a page of its "ring" or of a "buffer" that does not come."""
+    if page_of == "ring":
+        guest.withheld.set()
+        guest.start()
+    else:
+        guest.start()
+        served.wait_for("driver")
+        guest.withheld.set()
+        guest.waiting.clear()
+        served.port.wire[0].send(NetHeader().pack() + LONG)
+    assert guest.waiting.wait(5)
+
+
 @pytest.mark.parametrize("queue", [0, 1], ids=["receiveq", "transmitq"])
 def test_GET_VRING_BASE_is_answered_when_the_page_has_come(served, connect, queue):
     guest = connect()
-    guest.start()
-    served.wait_for("driver")
-    guest.withheld.set()
-    guest.waiting.clear()
-    served.port.wire[0].send(NetHeader().pack() + LONG)
-    assert guest.waiting.wait(5)
+    worker_without_a_page(served, guest, "buffer")
     front_end = guest.front_end
     front_end.send_raw(encode(Request.GET_VRING_BASE, VRING_STATE.encode(VringState(queue, 0))))
     assert front_end.silent(0.3)  # longer than a worker takes otherwise
@@ -118,16 +127,7 @@ def test_GET_VRING_BASE_is_answered_when_the_page_has_come(served, connect, queu
 def test_front_end_dies_while_a_page_is_missing(served, connect, page_of, monkeypatch):
     monkeypatch.setattr(postcopy, "PATIENCE", 1.0)
     guest = connect()
-    if page_of == "ring":
-        guest.withheld.set()
-        guest.start()
-    else:
-        guest.start()
-        served.wait_for("driver")
-        guest.withheld.set()
-        guest.waiting.clear()
-        served.port.wire[0].send(NetHeader().pack() + LONG)
-    assert guest.waiting.wait(5)
+    worker_without_a_page(served, guest, page_of)
     pages = guest.there()
     files = [os.dup(region.fd) for region in guest.regions]
     guest.close()
@@ -149,17 +149,8 @@ def test_front_end_dies_while_a_page_is_missing(served, connect, page_of, monkey
 def test_front_end_that_puts_no_page_there_loses_its_session_only(served, connect, page_of, monkeypatch):
     monkeypatch.setattr(postcopy, "PATIENCE", 0.5)
     guest = connect()
-    if page_of == "ring":
-        guest.withheld.set()
-        guest.start()
-        assert guest.waiting.wait(5)
-    else:
-        guest.start()
-        served.wait_for("driver")
-        guest.withheld.set()
-        guest.waiting.clear()
-        served.port.wire[0].send(NetHeader().pack() + LONG)
-        assert guest.waiting.wait(5)
+    worker_without_a_page(served, guest, page_of)
+    if page_of == "buffer":
         guest.front_end.send_raw(encode(Request.GET_VRING_BASE, VRING_STATE.encode(VringState(0, 0))))
     pages = guest.there()
     reason = served.wait_for("session-end")

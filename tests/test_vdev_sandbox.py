@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from vdev.testing.arrival import Arrival
 from vdev.testing.daemon import Daemon
 from vdev.testing.netns import Namespace, why_no_tap
 from vdev.testing.scripted import ScriptedGuest
+from vdev.testing.waiting import wait_until
 from vdev.userfault import PATH, UserfaultSource
 
 FRAME = bytes.fromhex("ffffffffffff 525400123456 88b5") + bytes(range(50))
@@ -280,13 +280,6 @@ def lan():
         yield namespace
 
 
-def until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_N18_tap_that_vdev_made_and_set_up_is_made_again_inside_and_taken_down_at_the_end(start, lan, tmp_path):
     lan.run(["ip", "link", "add", "br0", "type", "bridge"])
     path = str(tmp_path / "vm.sock")
@@ -296,7 +289,7 @@ def test_N18_tap_that_vdev_made_and_set_up_is_made_again_inside_and_taken_down_a
     assert entered["text"].startswith("sandbox: capability 12, ")
     with ScriptedGuest.connect(path):
         lan.run(["ip", "link", "del", "vm1"])
-        until(lambda: daemon.events("port-back"))
+        wait_until(lambda: daemon.events("port-back"), daemon.child.log)
         assert "10.0.0.1/24" in lan.run(["ip", "-brief", "addr", "show", "vm1"]).stdout
         assert "vm1" in lan.run(["ip", "link", "show", "master", "br0"]).stdout
     assert "late: []\n" in daemon.stop()
@@ -313,9 +306,9 @@ def test_N18_persistent_tap_made_anew_is_attached_again_without_any_right(start,
     assert entered["text"].startswith("sandbox: no capabilities, ")
     with ScriptedGuest.connect(path):
         lan.run(["ip", "link", "del", "vm1"])
-        until(lambda: daemon.events("port-gone"))
+        wait_until(lambda: daemon.events("port-gone"), daemon.child.log)
         lan.run(make)
-        until(lambda: daemon.events("port-back"))
+        wait_until(lambda: daemon.events("port-back"), daemon.child.log)
     assert "late: []\n" in daemon.stop()
     assert "vm1" in lan.run(["ip", "link"]).stdout
 
@@ -353,7 +346,7 @@ def test_guest_arrives_by_postcopy_inside(start, tmp_path):
                 assert guest.come() == 0
                 guest.look()
                 assert guest.driver.receive(refill=False).frame == FRAME
-    until(lambda: daemon.events("postcopy-cut-off"))
+    wait_until(lambda: daemon.events("postcopy-cut-off"), daemon.child.log)
     assert "late: []\n" in daemon.stop()
 
 
@@ -378,7 +371,7 @@ def test_successor_takes_over_from_inside_and_closes_itself_in(start, lan, tmp_p
             assert inside_now(daemon)
         # It has what the first one had: the right to make the TAP again.
         lan.run(["ip", "link", "del", "vm1"])
-        until(lambda: daemon.events("port-back"))
+        wait_until(lambda: daemon.events("port-back"), daemon.child.log)
     assert [event["text"] for event in entered] == 3 * [entered[0]["text"]]
     assert entered[0]["text"].startswith("sandbox: capability 12, ")
     assert entered[0]["text"].endswith(f"at most {64 + 32 + MEM_SLOTS} descriptors")

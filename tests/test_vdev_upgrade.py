@@ -9,7 +9,6 @@ import socket
 import struct
 import termios
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from vdev.testing.daemon import Daemon
 from vdev.testing.netns import Namespace, why_no_tap
 from vdev.testing.process import ProcessDied
 from vdev.testing.scripted import ScriptedGuest
+from vdev.testing.waiting import wait_until
 from vdev.upgrade import ANSWER_SECONDS
 from vdev.handover import FORMAT, Channel, HandoverError
 from vhost_user.frontend import FrontEnd
@@ -71,13 +71,6 @@ def line(tmp_path):
         started.kill()
 
 
-def until(condition, what):
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.01)
-
-
 class Stream:
     """Numbered frames through a loopback for as long as the context lasts; then every one must have come, in order."""
 
@@ -113,7 +106,7 @@ class Stream:
     def advance(self, count=200):
         """Wait until so many more frames have gone round."""
         goal = len(self.received) + count
-        until(lambda: len(self.received) >= goal or self._failure, lambda: f"stuck at {len(self.received)}")
+        wait_until(lambda: len(self.received) >= goal or self._failure, lambda: f"stuck at {len(self.received)}")
 
     def __enter__(self):
         self._left = SECONDS
@@ -137,7 +130,7 @@ def test_upgrade_under_traffic_loses_and_doubles_nothing(line, features):
         stream.advance()
     (event,) = taken.events("taken-over")
     assert (event["devices"], event["sessions"]) == (1, 1)
-    until(lambda: taken.events("session-end"), taken.child.log)
+    wait_until(lambda: taken.events("session-end"), taken.child.log)
     (end,) = taken.events("session-end")
     assert end["from_guest"]["frames"] == end["to_guest"]["frames"] == stream.sent
     assert end["from_guest"]["dropped"] == end["to_guest"]["dropped"] == {}
@@ -202,11 +195,11 @@ def test_message_begun_with_the_old_is_completed_with_the_new(line):
         message = struct.pack("<IIIQ", 13, 1, 8, 0)
         for cut in (11, 19):
             guest.front_end.send_raw(message[:cut], [call])
-            until(lambda: not _unread(guest.front_end), running.now.child.log)
+            wait_until(lambda: not _unread(guest.front_end), running.now.child.log)
             running.succeed()
             guest.front_end.send_raw(message[cut:])
             # The notification that follows a new call descriptor comes on the one that was sent before.
-            until(lambda: _signalled(call), lambda cut=cut: f"no call for a message cut at {cut}")
+            wait_until(lambda: _signalled(call), lambda cut=cut: f"no call for a message cut at {cut}")
         assert guest.front_end.get_features()
     os.close(call)
     running.stop()
@@ -435,7 +428,7 @@ def test_successor_that_fails_at_any_step_leaves_the_old_one_running(line):
             successor = Successor(running.upgrade)
             successor.up_to(step)
             _fail(successor, how)
-            until(lambda count=count: len(running.now.events("upgrade-failed")) == count, running.now.child.log)
+            wait_until(lambda count=count: len(running.now.events("upgrade-failed")) == count, running.now.child.log)
             said = running.now.events("upgrade-failed")[-1]["text"]
             assert FAILURES[how] in said and "going on as before" in said
             stream.advance(20)
@@ -488,7 +481,7 @@ def test_successor_of_another_user_is_refused(tmp_path):
                 os.setresuid(65534, 65534, 65534)
                 os._exit(sock.connect_ex("upgrade.sock"))
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-            until(lambda: running.now.events("upgrade-refused"), running.now.child.log)
+            wait_until(lambda: running.now.events("upgrade-refused"), running.now.child.log)
             (event,) = running.now.events("upgrade-refused")
             assert "runs as user 65534, which is neither root nor this vdev's user" in event["text"]
         running.stop()

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from vdev.testing.guest import LinuxGuest
 from vdev.testing.kept import holding
 from vdev.testing.measure import PingReport, ping_from_guest, ping_from_host
 from vdev.testing.netns import Namespace
+from vdev.testing.waiting import wait_until
 
 HOST, GUEST = "10.14.0.1", "10.14.0.2"
 DIMM = 128 << 20  # bytes; a memory block of Linux on x86-64
@@ -26,14 +27,6 @@ def daemon(lan, start_daemon, socket_folder: Path):
     """On a TAP of its own."""
     return start_daemon(["--socket-path", str(socket_folder / "vm"), "--port", f"tap:vdev-dimm,ip={HOST}/24"],
                         namespace=lan)
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    """Wait until ``condition`` holds. Raises AssertionError."""
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -80,8 +73,8 @@ def test_F24_memory_is_plugged_and_unplugged_under_traffic(daemon, lan, qemu, im
                                                       "size": DIMM, "share": True})
                 guest.qemu.qmp.execute("device_add", {"driver": "pc-dimm", "id": f"dimm{number}",
                                                       "memdev": f"more{number}"})
-            until(lambda: holding(daemon.child.pid).mappings == mapped + 2, "vdev was not told of the memory")
-            until(lambda: len(new_blocks(guest, blocks)) == 2, "the guest saw no memory")
+            wait_until(lambda: holding(daemon.child.pid).mappings == mapped + 2, "vdev is told of the memory", SECONDS)
+            wait_until(lambda: len(new_blocks(guest, blocks)) == 2, "the guest sees the memory", SECONDS)
             for block in new_blocks(guest, blocks):
                 guest.check(f"grep -q offline {MEMORY}/{block}/state || echo offline > {MEMORY}/{block}/state")
                 guest.check(f"echo online_movable > {MEMORY}/{block}/state")
@@ -91,7 +84,7 @@ def test_F24_memory_is_plugged_and_unplugged_under_traffic(daemon, lan, qemu, im
                         "dd if=/dev/zero of=/fill/it bs=1M count=300 && umount /fill", timeout=60)
             for number in range(2):
                 guest.qemu.qmp.execute("device_del", {"id": f"dimm{number}"})
-            until(lambda: holding(daemon.child.pid).mappings == mapped, "the memory was not taken away")
+            wait_until(lambda: holding(daemon.child.pid).mappings == mapped, "the memory is taken away", SECONDS)
         assert [report.lost for report in reports] == [0] * len(reports) != []
         assert ping_from_guest(guest, HOST, 20).lost == 0
         assert not daemon.events("session-end") and not daemon.events("ring-broken")
@@ -113,7 +106,7 @@ def test_F19_kernel_panics_under_traffic(daemon, lan, start_guest, socket_folder
     guest = start_guest(socket_folder / "vm")
     guest.set_address(f"{GUEST}/24")
     with traffic(lan) as reports:
-        until(lambda: reports, "the guest did not answer")
+        wait_until(lambda: reports, "the guest answers", SECONDS)
         guest.console.send(b"panic 5 echo c > /proc/sysrq-trigger\n")
         guest.wait_until_up()
     guest.set_address(f"{GUEST}/24")
