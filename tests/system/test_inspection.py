@@ -9,7 +9,8 @@ import time
 import pytest
 
 from vdev.testing.guest import LinuxGuest
-from vdev.testing.measure import ping_from_guest, ping_from_host, tcp_both_ways
+from vdev.testing.measure import ping_from_guest, ping_from_host
+from vdev.testing.onlookers import Iperf
 
 HOST, GUEST = "10.13.0.1", "10.13.0.2"
 DEVICE = "/machine/peripheral-anon/device[0]/virtio-backend"
@@ -45,14 +46,14 @@ def inspected(lan, start_daemon, start_guest, socket_folder, rings):
 @every_ring
 def test_inspection_under_load_stops_nothing(lan, inspected) -> None:
     daemon, guest = inspected
-    with tcp_both_ways(guest, lan, GUEST) as load:
+    with Iperf(guest, lan, GUEST) as load:
         for _ in range(ROUNDS):
             for queue in QUEUES:
                 look_at(guest, queue)
                 # The guest first: it is a kick that tells the daemon that the ring was not meant to stop.
                 assert ping_from_guest(guest, HOST, 10).lost == 0
                 assert ping_from_host(lan, GUEST, 10).lost == 0
-        assert load.poll() is None, "a TCP connection did not survive"
+        assert load.running(), "a TCP connection did not survive"
     # Each processor of the guest sends through a queue of its own.
     for processor in (1, 2):
         guest.check(f"taskset {processor} ping -c 20 -i 0.01 -q {HOST}")

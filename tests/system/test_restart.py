@@ -1,22 +1,21 @@
 """vdev is killed under load and started again: the guest goes on, does nothing for it, and keeps its connections."""
 
 import contextlib
-import re
 import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import IO
 
 import pytest
 
 from vdev.testing.daemon import Daemon
 from vdev.testing.guest import LinuxGuest
-from vdev.testing.measure import tcp_both_ways
 from vdev.testing.netns import Namespace
+from vdev.testing.onlookers import Answer, Iperf, Pings
+from vdev.testing.waiting import wait_until
 
 HOST, GUEST = "10.12.0.1", "10.12.0.2"
 TAP = "vdev-restart"
@@ -27,31 +26,6 @@ PATIENCE = 40
 ROLES = {"qemu-connects": False, "qemu-listens": True}
 
 
-class Pings:
-    """Pings from the host, one after the other until closed, with the time of each answer."""
-
-    def __init__(self, lan: Namespace, log: IO[str]) -> None:
-        self._log = log
-        self._ping = lan.popen(["ping", "-D", "-n", "-i", str(PING_INTERVAL), GUEST], stdout=log,
-                               stderr=subprocess.DEVNULL)
-
-    def answers(self) -> list[tuple[float, int]]:
-        """(time, number) of every answer so far."""
-        with open(self._log.name) as text:
-            found = re.findall(r"^\[([\d.]+)\] \d+ bytes from .* icmp_seq=(\d+)", text.read(), re.MULTILINE)
-        return [(float(when), int(number)) for when, number in found]
-
-    def wait_for_answers_after(self, when: float) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while sum(answered > when for answered, _ in self.answers()) < SETTLED:
-            assert time.monotonic() < deadline, f"no answers within {PATIENCE} s"
-            time.sleep(0.1)
-
-    def close(self) -> None:
-        self._ping.send_signal(signal.SIGINT)
-        self._ping.wait(5)
-
-
 @dataclass(frozen=True)
 class Gap:
     """Around one restart: seconds between two answers, and numbers without one."""
@@ -60,11 +34,11 @@ class Gap:
     lost: int
 
 
-def gap_after(answers: list[tuple[float, int]], killed: float) -> Gap:
+def gap_after(answers: list[Answer], killed: float) -> Gap:
     """The longest silence that ended after ``killed``, and what was lost meanwhile."""
-    pairs = [(one, other) for one, other in zip(answers, answers[1:], strict=False) if other[0] > killed]
-    before, after = max(pairs, key=lambda pair: pair[1][0] - pair[0][0])
-    return Gap(after[0] - before[0], after[1] - before[1] - 1)
+    pairs = [(one, other) for one, other in pairwise(answers) if other.time > killed]
+    before, after = max(pairs, key=lambda pair: pair[1].time - pair[0].time)
+    return Gap(after.time - before.time, after.number - before.number - 1)
 
 
 class Supervised:
@@ -79,11 +53,15 @@ class Supervised:
         assert self.now.child.kill() == -signal.SIGKILL
         self.now = Daemon([*self._options, *more], namespace=self._lan)
 
-    def wait_for_driver(self) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not self.now.events("driver"):
-            assert self.now.child.running() and time.monotonic() < deadline, self.now.child.log()
-            time.sleep(0.02)
+    def wait_for(self, event: str) -> dict[str, object]:
+        """The first ``event`` of the one that runs now."""
+
+        def has_come() -> list[dict[str, object]]:
+            assert self.now.child.running(), self.now.child.log()
+            return self.now.events(event)
+
+        wait_until(has_come, self.now.child.log, PATIENCE)
+        return self.now.events(event)[0]
 
     def __enter__(self) -> "Supervised":
         return self
@@ -106,18 +84,18 @@ def killed_and_restarted(lan: Namespace, start_guest: Callable[..., LinuxGuest],
         guest = start_guest(path, packed=packed, server=qemu_listens)
         guest.set_address(f"{GUEST}/24")
         booted = guest.check("cat /proc/sys/kernel/random/boot_id")
-        pings = stack.enter_context(contextlib.closing(Pings(lan, stack.enter_context(open(folder / "pings", "w")))))
-        load = stack.enter_context(tcp_both_ways(guest, lan, GUEST))
-        pings.wait_for_answers_after(time.time())
+        pings = stack.enter_context(Pings(lan, GUEST, PING_INTERVAL))
+        load = stack.enter_context(Iperf(guest, lan, GUEST))
+        pings.await_answers(SETTLED, PATIENCE)
         for _ in range(times):
             killed = time.time()
             vdev.kill_and_start()
-            vdev.wait_for_driver()
-            pings.wait_for_answers_after(time.time())
+            vdev.wait_for("driver")
+            pings.await_answers(SETTLED, PATIENCE)
             gaps.append(gap_after(pings.answers(), killed))
             assert vdev.now.events("ring-broken") == []
             assert {event["rings"] for event in vdev.now.events("driver")} == {"packed" if packed else "split"}
-        assert load.poll() is None, "a TCP connection did not survive"
+        assert load.running(), "a TCP connection did not survive"
         assert guest.check("cat /proc/sys/kernel/random/boot_id") == booted
         guest.stop()
     return gaps
@@ -161,7 +139,7 @@ def test_F09_restarted_while_the_guest_is_paused(lan, start_guest, socket_folder
         guest.qemu.pause()
         vdev.kill_and_start()
         guest.qemu.resume()
-        vdev.wait_for_driver()
+        vdev.wait_for("driver")
         lan.run(["ping", "-c", "20", "-i", "0.05", "-w", "20", GUEST])
         guest.stop()
 
@@ -173,12 +151,8 @@ def test_F06_a_vdev_that_offers_less_than_the_guest_uses_says_so(lan, start_gues
         guest.set_address(f"{GUEST}/24")
         lan.run(["ping", "-c", "5", "-i", "0.01", GUEST])
         vdev.kill_and_start("--features", "-packed")
-        deadline = time.monotonic() + PATIENCE
-        while not vdev.now.events("session-end"):
-            assert time.monotonic() < deadline, vdev.now.child.log()
-            time.sleep(0.1)
-        assert "when the guest's driver uses a feature that is missing" in vdev.now.events("session-end")[0]["text"]
+        assert "when the guest's driver uses a feature that is missing" in vdev.wait_for("session-end")["text"]
         vdev.kill_and_start()
-        vdev.wait_for_driver()
+        vdev.wait_for("driver")
         lan.run(["ping", "-c", "20", "-i", "0.05", "-w", "20", GUEST])
         guest.stop()

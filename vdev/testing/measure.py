@@ -1,20 +1,16 @@
 """Measurements between a Linux guest and its host: ping and iperf3, with their reports understood."""
 
-import contextlib
 import itertools
 import json
 import math
 import re
 import shutil
-import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vdev.testing.guest import LinuxGuest
 from vdev.testing.netns import Namespace
 
-# Each run has a port of its own: the last one's server may not have ended yet.
-_iperf_ports = itertools.count(5201)
+_ports = itertools.count(5201)
 
 
 class MeasurementError(RuntimeError):
@@ -101,13 +97,28 @@ class TcpReport:
         return self.bytes * 8 / self.seconds / 1e6
 
 
+IPERF_LOG = "/tmp/iperf3.log"  # in the guest
+
+
+def listen(guest: LinuxGuest, server: str, port: int, log: str = "/dev/null") -> None:
+    """Start ``server`` in the guest and wait until it listens on TCP ``port``. Raises GuestError."""
+    listening = f":{port:04X} [0-9A-F]+:0000 0A"  # local port, any peer, state TCP_LISTEN
+    guest.check(f"{server} >{log} 2>&1 & "
+                f"until grep -Eq '{listening}' /proc/net/tcp /proc/net/tcp6; do sleep 0.02; done")
+
+
+def iperf_server(guest: LinuxGuest) -> int:
+    """Start an iperf3 in the guest that serves one client -> its TCP port: another one each time, as the last server
+    may not have ended yet."""
+    port = next(_ports)
+    listen(guest, f"iperf3 -s -1 -p {port}", port, IPERF_LOG)
+    return port
+
+
 def tcp(guest: LinuxGuest, namespace: Namespace, guest_address: str, *, to_guest: bool, seconds: float = 2,
         streams: int = 1) -> TcpReport:
     """TCP between the namespace and the guest for ``seconds``, in one direction. Raises MeasurementError."""
-    port = next(_iperf_ports)
-    listening = f":{port:04X} [0-9A-F]+:0000 0A"  # local port, any peer, state TCP_LISTEN
-    guest.check(f"iperf3 -s -1 -p {port} >/tmp/iperf3.log 2>&1 & "
-                f"until grep -Eq '{listening}' /proc/net/tcp /proc/net/tcp6; do sleep 0.02; done")
+    port = iperf_server(guest)
     command = ["iperf3", "-J", "-c", guest_address, "-p", str(port), "-t", str(seconds), "-P", str(streams)]
     done = namespace.run(command if to_guest else [*command, "-R"], seconds + 30, check=False)
     try:
@@ -116,21 +127,7 @@ def tcp(guest: LinuxGuest, namespace: Namespace, guest_address: str, *, to_guest
         return TcpReport(int(received["bytes"]), float(received["seconds"]))
     except (ValueError, KeyError):
         raise MeasurementError(f"iperf3 failed: {done.stdout[-500:]}{done.stderr}"
-                               f"in the guest: {guest.run('cat /tmp/iperf3.log').output[-500:]}") from None
-
-
-@contextlib.contextmanager
-def tcp_both_ways(guest: LinuxGuest, namespace: Namespace, guest_address: str) -> Iterator[subprocess.Popen]:
-    """One TCP connection in each direction, as fast as they go, that nothing opens again -> iperf3, which ends if one
-    of them does."""
-    guest.check("iperf3 -s -D && sleep 0.5")
-    load = namespace.popen(["iperf3", "-c", guest_address, "-t", "3600", "--bidir"], stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)
-    try:
-        yield load
-    finally:
-        load.kill()
-        load.wait()
+                               f"in the guest: {guest.run(f'cat {IPERF_LOG}').output[-500:]}") from None
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from types import TracebackType
 
 from vdev.testing.guest import LinuxGuest
+from vdev.testing.measure import iperf_server, listen
 from vdev.testing.netns import Namespace
 from vdev.testing.process import Child
 
@@ -17,29 +19,38 @@ class Unwell(AssertionError):
     """The guest was not as it ought to be. The text says what was seen."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """To the ``number``-th request, counted from 1, at ``time`` (of time.time)."""
+
+    number: int
+    time: float
+
+
 class Pings:
     """Ten pings a second from ``namespace`` to ``address`` until :meth:`stop`; a context manager."""
 
     def __init__(self, namespace: Namespace, address: str, interval: float = 0.1) -> None:
-        self._child = Child(["ping", "-n", "-i", str(interval), address], namespace=namespace)
+        self._child = Child(["ping", "-D", "-n", "-i", str(interval), address], namespace=namespace)
 
-    def answered(self) -> list[int]:
-        """The numbers of the requests that were answered so far; they begin with 1."""
-        return [int(number) for number in re.findall(r"icmp_seq=(\d+) ttl", self._child.log())]
+    def answers(self) -> list[Answer]:
+        """All that came so far, in the order they came."""
+        found = re.findall(r"^\[([\d.]+)\] .* icmp_seq=(\d+) ttl", self._child.log(), re.MULTILINE)
+        return [Answer(int(number), float(when)) for when, number in found]
 
     def await_answers(self, count: int, seconds: float = 60) -> None:
         """Wait for so many more answers. Raises Unwell."""
-        wanted, deadline = len(self.answered()) + count, time.monotonic() + seconds
-        while len(self.answered()) < wanted:
+        wanted, deadline = len(self.answers()) + count, time.monotonic() + seconds
+        while len(self.answers()) < wanted:
             if time.monotonic() > deadline:
                 raise Unwell(f"{count} answers did not come within {seconds:g} s: {self._child.log()[-500:]}")
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     def stop(self) -> int:
         """End it -> how many requests before the last one answered have no answer."""
         self._child.signal(signal.SIGINT)
         self._child.wait(5)
-        numbers = set(self.answered())
+        numbers = {answer.number for answer in self.answers()}
         self._child.stop()
         return max(numbers, default=0) - len(numbers)
 
@@ -82,10 +93,14 @@ class Echo:
 class Iperf:
     """TCP both ways between ``namespace`` and a guest, as fast as it goes, all the while; a context manager."""
 
-    def __init__(self, guest: LinuxGuest, namespace: Namespace, address: str, port: int = 5201) -> None:
-        listen(guest, f"iperf3 -s -1 -p {port}", port)
+    def __init__(self, guest: LinuxGuest, namespace: Namespace, address: str) -> None:
+        port = iperf_server(guest)
         self._child = Child(["iperf3", "--forceflush", "-c", address, "-p", str(port), "--bidir", "-t", "3600"],
                             namespace=namespace)
+
+    def running(self) -> bool:
+        """It ends when one of its connections does; it opens none again."""
+        return self._child.running()
 
     def carried(self) -> tuple[int, int]:
         """Bytes that went to the guest and came from it so far, as iperf3 says every second, to three digits."""
@@ -117,10 +132,3 @@ class Iperf:
 
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
         self._child.stop()
-
-
-def listen(guest: LinuxGuest, server: str, port: int) -> None:
-    """Start ``server`` in the guest and wait until it listens on TCP ``port``. Raises GuestError."""
-    listening = f":{port:04X} [0-9A-F]+:0000 0A"  # local port, any peer, state TCP_LISTEN
-    guest.check(f"{server} >/dev/null 2>&1 & until grep -Eq '{listening}' /proc/net/tcp /proc/net/tcp6; "
-                "do sleep 0.05; done")
