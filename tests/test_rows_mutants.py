@@ -23,7 +23,7 @@ if not (ROOT / "setup.py").exists():
     pytest.skip("a device is changed in its source tree, and there is none here", allow_module_level=True)
 
 # A test has noticed when it or the driver it uses says so; one that just breaks has not.
-NOTICED = re.compile(r"assert|AssertionError|Failed: DID NOT RAISE|ring\.driver_parts\.DeviceError")
+NOTICED = re.compile(r"assert|(Failed: )?AssertionError|Failed: DID NOT RAISE|ring\.driver_parts\.DeviceError")
 ROW_TESTS = sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_rows_[!m]*.py"))
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout")
 WITHOUT_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # loading them takes longer than most tests

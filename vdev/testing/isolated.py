@@ -27,7 +27,7 @@ _PASSED, _FAILED, _SKIPPED = range(3)
 def isolated(test: Callable[..., None]) -> Callable[..., None]:
     """Decorator: run ``test`` in a child process, as root of a network namespace with only ``lo``.
 
-    Skips where this machine grants no such namespace. A failure carries the child's traceback.
+    Skips where this machine grants no such namespace. A failure carries what the child raised, and its traceback.
     """
     @functools.wraps(test)
     def run(*args: object, **kwargs: object) -> None:
@@ -59,8 +59,8 @@ def _child(writer: int, body: Callable[[], None]) -> None:
         body()
     except pytest.skip.Exception as e:
         verdict, text = _SKIPPED, str(e)
-    except BaseException:
-        verdict, text = _FAILED, traceback.format_exc()
+    except BaseException as e:
+        verdict, text = _FAILED, f"{''.join(traceback.format_exception_only(e))}\n{traceback.format_exc()}"
     with open(writer, "w", encoding="utf-8") as report:
         report.write(text)
     os._exit(verdict)

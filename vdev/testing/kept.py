@@ -165,6 +165,16 @@ def refused(front_end: FrontEnd, kind: int, payload: bytes = b"", fds: Sequence[
     return no
 
 
+def stops(front_end: FrontEnd, ring: int) -> bool:
+    """Is ring ``ring`` given back within WAIT seconds?"""
+    front_end.timeout = WAIT
+    try:
+        front_end.get_vring_base(ring)
+    except (PeerError, NoAnswer):
+        return False
+    return True
+
+
 def ends(front_end: FrontEnd, data: bytes, fds: Sequence[int] = ()) -> bool:
     """Does the back-end close the connection because of ``data``?"""
     try:
