@@ -16,6 +16,7 @@ from ring.virtqueue import VirtQueue, guard
 DROP_REASONS = ("bad_chain", "bad_header", "bad_length", "disabled", "port", "no_port", "too_small", "offload", "null")
 
 DETACH_TIMEOUT_MS = 100
+ATTACH_TIMEOUT_MS = 1000
 
 # What a worker thread does (the sandbox of whoever has one collects these): rule, reason.
 SYSCALLS = {
@@ -76,7 +77,8 @@ class LaneConfig:
 
 @dataclass(frozen=True)
 class FlowStats:
-    """Counters of one direction, ever growing. dropped: reason (DROP_REASONS) -> frames, zeros left out."""
+    """Counters of one direction, ever growing. dropped: reason (DROP_REASONS) -> frames, zeros left out. The rest: see
+    struct flow_stats in plane/pump.h."""
 
     frames: int
     bytes: int
@@ -87,6 +89,7 @@ class FlowStats:
     calls: int
     calls_saved: int
     bursts: int
+    cycles: int = 0  # the step engine counts none
 
     def __add__(self, other: "FlowStats") -> "FlowStats":
         reasons = self.dropped.keys() | other.dropped.keys()
@@ -94,19 +97,22 @@ class FlowStats:
                    for reason in DROP_REASONS if reason in reasons}
         return FlowStats(self.frames + other.frames, self.bytes + other.bytes, self.gso_frames + other.gso_frames,
                          dropped, self.bad_chains + other.bad_chains, self.kicks + other.kicks,
-                         self.calls + other.calls, self.calls_saved + other.calls_saved, self.bursts + other.bursts)
+                         self.calls + other.calls, self.calls_saved + other.calls_saved, self.bursts + other.bursts,
+                         self.cycles + other.cycles)
 
 
 def _flow_stats(c) -> FlowStats:
     dropped = {reason: c.dropped[i] for i, reason in enumerate(DROP_REASONS) if c.dropped[i]}
-    return FlowStats(c.frames, c.bytes, c.gso_frames, dropped, c.bad_chains, c.kicks, c.calls, c.calls_saved, c.bursts)
+    return FlowStats(c.frames, c.bytes, c.gso_frames, dropped, c.bad_chains, c.kicks, c.calls, c.calls_saved, c.bursts,
+                     c.cycles)
 
 
 class Lane:
-    """One queue pair at one queue of a port. Counters live as long as it does."""
+    """One queue pair at one queue of a port, or one direction of it. Counters live as long as it does. ``report`` is an
+    eventfd of the caller, signalled when it has events; -1: none."""
 
-    def __init__(self):
-        self._handle = lib.lane_new()
+    def __init__(self, report: int = -1):
+        self._handle = lib.lane_new(report)
         if self._handle == ffi.NULL:
             raise MemoryError("a lane")
         self.config = LaneConfig()
@@ -177,17 +183,26 @@ class Lane:
 
 
 class Pump:
-    """One worker thread. ``report`` is an eventfd of the caller, signalled when a lane has events."""
+    """One worker thread. cpu: the processor it runs on, None for any. poll_us: microseconds that it looks at the rings
+    after the last work before it sleeps, at most (it adapts: plane/worker.c); None: it does not sleep while it has a
+    lane.
 
-    def __init__(self, report: int):
+    Raises OSError when it cannot be started, with EINVAL when it may not run on ``cpu``; RingError when memory that
+    vanishes could not be survived.
+    """
+
+    def __init__(self, cpu: int | None = None, poll_us: int | None = 0):
         guard()
-        self._handle = lib.pump_new(report)
+        config = ffi.new("struct pump_config *", {"cpu": -1 if cpu is None else cpu,
+                                                  "poll_us": lib.POLL_ALWAYS if poll_us is None else poll_us})
+        self._handle = lib.pump_new(config)
         if self._handle == ffi.NULL:
             raise OSError(ffi.errno, f"cannot start a worker thread: {os.strerror(ffi.errno)}")
 
-    def attach(self, lane: Lane) -> None:
-        """Lend the lane; its queues are looked at once without a kick."""
-        status = lib.pump_attach(self._handle, lane._handle)
+    def attach(self, lane: Lane, timeout_ms: int = ATTACH_TIMEOUT_MS) -> None:
+        """Lend the lane; its queues are looked at once without a kick. Raises QueueBusy when the worker does not take
+        it within ``timeout_ms``: then only :meth:`give_up` is left."""
+        status = lib.pump_attach(self._handle, lane._handle, timeout_ms)
         if status < 0:
             raise error(status)
         lane._pump = self
@@ -202,6 +217,11 @@ class Pump:
         lane._pump = None
         for queue in lane._queues():
             queue.lent = False
+
+    def give_up(self) -> None:
+        """The worker is stuck. It ends when it can; its lanes, and all that they lead to, must be kept for good."""
+        lib.pump_give_up(self._handle)
+        self._handle = ffi.NULL
 
     def close(self) -> None:
         """End the thread. All lanes must be detached."""

@@ -55,6 +55,18 @@ def test_missing_full_barrier_loses_a_notification(builder: Builder, format: str
     assert done.returncode == 1 and both_missed in done.stderr
 
 
+@pytest.mark.parametrize("format", ["split", "packed"])
+@pytest.mark.parametrize("fault", [
+    pytest.param(Fault("plane/worker.c", "ask", "lanes[i], true", "lanes[i], false"), id="asks_for_no_kicks"),
+    pytest.param(Fault("plane/worker.c", "ask", "p->lanes[i]->work != 0", "false"), id="does_not_look_again"),
+])
+def test_sleeping_after_polling_loses_a_notification(builder: Builder, fault: Fault, format: str) -> None:
+    """A worker that does not ask for kicks before it sleeps, or does not look once more after it asked. The drivers
+    stand still then, and say so."""
+    done = builder.run(GCC, "workers", f"polling_for_20_us_{format}", fault=fault, seconds=200)
+    assert done.returncode == 1 and "s.errors[i] is 1, not 0" in done.stderr
+
+
 MISSING = {
     "region": Fault("core/internal.h", "guestmem_translate", "return RING_E_UNMAPPED", "r = mem->regions"),
     "table_limit": Fault("core/walk.inl", "walk_enter", " || entries > q->table_limit", ""),

@@ -165,7 +165,7 @@ def lives(features: int, to_guest: bool, arriving: list[bytes] = ()) -> Iterator
         flow = Flow(scene.queue, True, scene.ring.kick_fd, scene.ring.call_fd)
         config = LaneConfig(to_port=port.fileno(), from_port=port.fileno(), features=features,
                             **{"to_guest" if to_guest else "from_guest": flow})
-        lane = Lane()
+        lane = Lane(report)
         lane.configure(config)
         pumps: list[Pump] = []
         waiting = scene.ring.outstanding
@@ -173,7 +173,7 @@ def lives(features: int, to_guest: bool, arriving: list[bytes] = ()) -> Iterator
         found: list[Remains] = []
         sent = 0
         last = None
-        with Stepped(lambda: pumps.append(Pump(report)), lambda: pumps[0].attach(lane)) as worker:
+        with Stepped(lambda: pumps.append(Pump()), lambda: pumps[0].attach(lane)) as worker:
             for _ in worker.instants(lambda: scene.ring.ring.pending() == expected):
                 now = scene.shared(), scene.line.get()
                 if now == last:

@@ -431,7 +431,7 @@ from vdev.ports.null import Null
 class Broken:
     port = Null(1)
 
-    def start_worker(self):
+    def start_workers(self):
         pass
 
     def watches(self):

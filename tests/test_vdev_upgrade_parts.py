@@ -56,7 +56,8 @@ ELSEWHERE = {
     SessionState: {"_engine", "_port", "_session", "_log", "_transfer"},
     Connection: {"_log", "_transport", "_session"},
     Engine: {"port", "features", "mtu", "watch_kicks",  # as the session's state says
-             "abandoned", "patience", "_depth", "_lanes", "_attached", "report_fd", "_pump",  # of this process
+             "abandoned", "patience", "_depth", "_lanes", "report_fd",  # of this process
+             "lost_worker", "_pool", "_workers", "_apart",  # as its options say
              "_carried"},  # counters
 }
 

@@ -132,7 +132,7 @@ static struct side side_new(const struct guestmem *mem, const struct shape *shap
                                  .features = features};
     half.area = take(driver_area_bytes(&half));
     half.area_gpa = gpa_of(half.area);
-    struct side s = {driver_new(&half), lane_new()};
+    struct side s = {driver_new(&half), lane_new(-1)};
     must(config.from_guest.queue && s.driver && s.lane, "making a queue");
     vq_record(config.from_guest.queue, new_line(), 1, base);
     must(lane_configure(s.lane, &config) == RING_OK, "lane_configure");

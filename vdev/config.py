@@ -32,6 +32,11 @@ from vdev.ports.spec import PortSpec, TapSpec, parse_port, take_port
 # SET_VRING_KICK and its kin carry the ring's index in 8 bits (vhost-user, "VHOST_USER_SET_VRING_KICK")
 QUEUE_PAIRS_MAX = 128
 
+SPREADS = ("device", "pair", "direction")  # one worker each
+WORKERS_MAX = 64
+CPU_MAX = 8191  # Linux has no more
+POLL_US_MAX = 1_000_000
+
 
 @dataclass(frozen=True)
 class DeviceConfig:
@@ -67,7 +72,7 @@ class DeviceConfig:
 class DaemonConfig:
     """The process. one_off: end after one session of each device. sandbox: see vdev/sandbox.py. upgrade_path: where a
     successor may ask for everything; upgrade_from: where this one asks. Only then there may be no devices: they are
-    the other's."""
+    the other's. workers, cpus, poll_us: see vdev/workers.py; poll_us None for always."""
 
     devices: tuple[DeviceConfig, ...]
     one_off: bool = False
@@ -77,6 +82,9 @@ class DaemonConfig:
     log_level: str = "info"
     upgrade_path: str | None = None
     upgrade_from: str | None = None
+    workers: str | int = SPREADS[0]
+    cpus: tuple[int, ...] = ()
+    poll_us: int | None = 0
 
 
 # --------------------------------------------------------------------------------------- converters
@@ -147,6 +155,31 @@ def _port(value: Any) -> PortSpec:
     return parse_port(_text(value)) if isinstance(value, str) else value
 
 
+def _workers(value: Any) -> str | int:
+    try:
+        return value if value in SPREADS else _integer(1, WORKERS_MAX)(value)
+    except ValueError:
+        raise ValueError(f"must be {', '.join(SPREADS)} or a number from 1 to {WORKERS_MAX}") from None
+
+
+def _cpus(value: Any) -> tuple[int, ...]:
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    try:
+        found = tuple(map(_integer(0, CPU_MAX), items))
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found):
+        raise ValueError("must be numbers of different processors, e.g. 2,3 ([2, 3] in a file)")
+    return found
+
+
+def _poll_us(value: Any) -> int | None:
+    try:
+        return None if value == "always" else _integer(0, POLL_US_MAX)(value)
+    except ValueError:
+        raise ValueError(f"must be microseconds from 0 (off) to {POLL_US_MAX}, or always") from None
+
+
 _descriptor = _integer(0, (1 << 20) - 1)  # the kernel's own limit for one process, fs.nr_open
 queue_pairs = _integer(1, QUEUE_PAIRS_MAX)
 
@@ -175,6 +208,9 @@ PROCESS_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "log-level": ("log_level", _choice(*LEVELS)),
     "upgrade-path": ("upgrade_path", _path),
     "upgrade-from": ("upgrade_from", _path),
+    "workers": ("workers", _workers),
+    "cpus": ("cpus", _cpus),
+    "poll-us": ("poll_us", _poll_us),
 }
 
 # of those, what makes sense for one start only

@@ -136,6 +136,8 @@ class Connection:
 
     def on_news(self, events: LaneEvent) -> None:
         """A worker reported something."""
+        if self._backend.engine.lost_worker:
+            self._guarded(self._backend.engine.refresh)
         if events & LaneEvent.LOG_GONE:
             raise Close(GONE)
         if events & LaneEvent.MEMORY_GONE:

@@ -30,6 +30,7 @@ from vdev.ports.base import Port
 from vdev.ports.spec import TapSpec
 from vdev.service import Device, Service
 from vdev.sources import Accepting, Connecting, Inherited, Source
+from vdev.workers import Workers, check_cpus
 
 # SIGHUP and the user signals ask some daemons to reload or to reopen logs. There is nothing to reload, and a
 # guest's network must not end because a terminal or a log rotation sent one.
@@ -42,8 +43,10 @@ TAP_QUEUE_PAIRS = 8
 OpenDevice = Callable[[DeviceConfig, EventLog], Device]
 
 
-def _open_device(config: DeviceConfig, log: EventLog, upgradable: bool = False) -> Device:
-    """The device that ``config`` describes, its port open; upgradable: it can be handed to another process.
+def _open_device(config: DeviceConfig, log: EventLog, upgradable: bool = False,
+                 workers: Workers | None = None) -> Device:
+    """The device that ``config`` describes, its port open; upgradable: it can be handed to another process; workers:
+    the daemon's.
 
     Raises Failure.
     """
@@ -69,7 +72,7 @@ def _open_device(config: DeviceConfig, log: EventLog, upgradable: bool = False) 
         settled = fitted(config, port, default)
         policy = replace(DEFAULT_POLICY, keep_files=upgradable)
         return Device(config.name, port, settled, log, open_journal(settled, log), policy,
-                      open_arrivals() if config.postcopy else None)
+                      open_arrivals() if config.postcopy else None, workers)
     except BaseException as error:
         port.close()
         if isinstance(error, RingError | OSError | MemoryError):
@@ -99,7 +102,9 @@ class Daemon:
 
     def __init__(self, config: DaemonConfig, open_device: OpenDevice | None = None):
         self._config = config
-        self._open_device = open_device or partial(_open_device, upgradable=config.upgrade_path is not None)
+        self._workers = Workers.of(config)
+        self._open_device = open_device or partial(_open_device, upgradable=config.upgrade_path is not None,
+                                                   workers=self._workers)
         self._log = EventLog()
         self._loop = Loop(lambda exception: self._log.bug("internal-error", "serving an event", exception))
         self._serving = 0
@@ -111,6 +116,7 @@ class Daemon:
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(self._loop.close)
             self._take_signals()
+            check_cpus(self._config.cpus)
             services = self._open(cleanup) if self._config.upgrade_from is None else self._take_over(cleanup)
             for service in services:
                 cleanup.callback(service.close)
@@ -166,7 +172,7 @@ class Daemon:
             self._await_successor(upgrade, sockets, devices, services, cleanup)
         self._enter_sandbox(devices, [*sockets, upgrade])
         for device in devices:
-            _start_worker(device)
+            _start_workers(device)
         return services
 
     def _enter_sandbox(self, devices: Sequence[Device], listeners: Iterable[object]) -> None:
@@ -181,9 +187,10 @@ class Daemon:
         paths = [each.path for each in listeners if isinstance(each, listen.Listener) and each.path is not None]
         paths += [path for device in devices for path in device.files]
         try:
-            report = sandbox.enter(sum(device.port.carries.queue_pairs for device in devices),
-                                   sum(device.memory_files for device in devices),
-                                   [need for device in devices for need in device.needs], paths)
+            pairs = sum(device.port.carries.queue_pairs for device in devices)
+            more = sum(device.memory_files for device in devices) + self._workers.descriptors(pairs)
+            needs = [need for device in devices for need in device.needs]
+            report = sandbox.enter(pairs, more, [self._workers.needs, *needs], paths)
         except OSError as error:
             raise Failure(f"the sandbox cannot be entered: {error.strerror.lower()}; --sandbox off does without"
                           ) from None
@@ -293,12 +300,12 @@ class Daemon:
             self._end("the last session is over")
 
 
-def _start_worker(device: Device) -> None:
+def _start_workers(device: Device) -> None:
     """Start the workers of ``device``. Raises Failure."""
     from ring.errors import RingError
 
     try:
-        device.start_worker()
+        device.start_workers()
     except (RingError, OSError, MemoryError) as error:
         raise Failure(f"the device cannot be started: {error}") from None
 

@@ -20,6 +20,7 @@ from vdev.ports import adopt_port
 from vdev.ports.base import Needs, Port, PortPart
 from vdev.postcopy import Arrivals, ArrivalsPart
 from vdev.reverse import ReverseChannel
+from vdev.workers import Workers
 from vhost_user.session import Session
 from vhost_user.spec import Request
 from vhost_user.state import Offer
@@ -40,10 +41,10 @@ class DevicePart:
 
 class Device:
     """Lives as long as the daemon; takes over ``port``, ``journal`` and ``arrivals`` (None: no postcopy).
-    ``config.queue_pairs`` is set and suits it."""
+    ``config.queue_pairs`` is set and suits it. workers: the daemon's; None: one of its own."""
 
     def __init__(self, name: str, port: Port, config: DeviceConfig, log: EventLog, journal: Journal | None = None,
-                 policy: Policy = DEFAULT_POLICY, arrivals: Arrivals | None = None):
+                 policy: Policy = DEFAULT_POLICY, arrivals: Arrivals | None = None, workers: Workers | None = None):
         self.name = name
         self.files = [journal.path] if journal is not None else []  # to be removed at the end
         self._arrivals = arrivals
@@ -51,7 +52,7 @@ class Device:
         self.config = config
         self._log = log
         self._policy = policy
-        self.engine = Engine(port, config.queue_pairs, journal)
+        self.engine = Engine(port, config.queue_pairs, journal, workers)
         self._reverse = ReverseChannel(log)
         self._connection: Connection | None = None
         for note in port.notes:
@@ -75,9 +76,9 @@ class Device:
         """How many files of guest memory stay open at most: none where their mappings are enough."""
         return MEM_SLOTS if self._policy.keep_files else 0
 
-    def start_worker(self) -> None:
-        """Start the worker, which has nothing to do yet. Raises OSError, RingError."""
-        self.engine.start_worker()
+    def start_workers(self) -> None:
+        """Start its workers, which have nothing to do yet. Raises OSError, RingError."""
+        self.engine.start_workers()
 
     def open_session(self, sock: socket.socket) -> Connection:
         """Serve the front-end at the other end of ``sock``, the only one now."""
@@ -116,7 +117,7 @@ class Device:
                           self._arrivals and self._arrivals.export(put))
 
     @classmethod
-    def adopt(cls, part: DevicePart, config: DeviceConfig, log: EventLog, policy: Policy,
+    def adopt(cls, part: DevicePart, config: DeviceConfig, log: EventLog, policy: Policy, workers: Workers,
               take: Take, sock: socket.socket | None) -> tuple["Device", Connection | None]:
         """The device that another process exported, and its session over ``sock``; they run when :meth:`start` is
         called. Raises HandoverError where this one would be less, and what the parts of it raise."""
@@ -126,7 +127,7 @@ class Device:
         except JournalError as error:
             raise HandoverError(f"{config.name}: {error}") from None
         arrivals = part.arrivals and Arrivals.adopt(part.arrivals, take)
-        device = cls(config.name, adopt_port(part.port, take), config, log, journal, policy, arrivals)
+        device = cls(config.name, adopt_port(part.port, take), config, log, journal, policy, arrivals, workers)
         device.engine.adopt(part.engine, take)
         given = part.connection
         if given is not None:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ring.dirty import DirtyLog
-from vdev.engine import Marks, leave_to_worker
+from vdev.engine import Marks
 from vdev.logs import EventLog
+from vdev.workers import leave_to_worker
 from vhost_user.spec import ProtocolFeature, VirtioBit
 from vhost_user.state import Offer, State
 

@@ -4,6 +4,8 @@ Rules that make it safe (docs/architecture.md, "Threads"): memory, rings and des
 ``with engine.paused():``; while it lasts no worker touches anything of this device, and other devices run
 on. A change is three steps: build and check before the pause, swap inside, close and unmap after it.
 
+A lane serves a queue pair, or one direction of it where each has a worker of its own (vdev/workers.py).
+
 Rings are numbered as on the wire: 2n is the receiveq of queue pair n (to_guest), 2n+1 its transmitq
 (from_guest).
 """
@@ -14,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from ring.dirty import DirtyLog
-from ring.errors import QueueBusy, RingError, SetupError, named
+from ring.errors import RingError, SetupError, named
 from ring.guestmem import GuestMemory
 from ring.iotlb import Iotlb
 from ring.journal import Journal
@@ -22,8 +24,10 @@ from ring.pump import Flow, FlowStats, Lane, LaneConfig, LaneEvent, Pump
 from ring.virtqueue import Takeover, VirtQueue
 from vdev.handover import Put, Take
 from vdev.ports.base import Port
+from vdev.workers import Worker, WorkerLost, Workers, leave_to_worker
 
 PATIENCE = 0.1  # seconds: a worker lets go after a burst
+ATTACH_PATIENCE = 1.0  # and it takes a lane after one; where it does not, a session has to end that did nothing
 
 
 class EngineStuck(Exception):
@@ -75,28 +79,36 @@ class EnginePart:
     counters: tuple[FlowStats, FlowStats]
 
 
+def _flow(ring: Ring) -> Flow:
+    return Flow(ring.queue, ring.enabled, ring.kick, ring.call, ring.err)
+
+
 def ring_name(index: int) -> str:
     """How a person knows ring ``index``: "receiveq 0" or "transmitq 0", with the pair's number."""
     return f"{'transmitq' if index % 2 else 'receiveq'} {index // 2}"
 
 
-_abandoned: list[object] = []
+@dataclass(eq=False)
+class _Served:
+    """A lane: the queue pair, which of its directions it serves, and who does that. pump: who has it now."""
 
-
-def leave_to_worker(*things: object) -> None:
-    """Keep what cannot be freed because a worker is stuck in it, so that it stays mapped for good."""
-    _abandoned.extend(things)
+    pair: int
+    from_guest: bool
+    to_guest: bool
+    worker: Worker
+    lane: Lane
+    pump: Pump | None = None
 
 
 class Engine:
     """Runs the rings of one device against its port. Made once a device, used by one session after the other.
 
-    The worker is not started with it: what a thread may do is settled when it starts (vdev/sandbox.py).
+    The workers are not started with it: what a thread may do is settled when it starts (vdev/sandbox.py).
 
-    journal: where positions of the rings are written down for a successor; None: nowhere.
+    journal: where positions of the rings are written down for a successor; None: nowhere. workers: the daemon's.
     """
 
-    def __init__(self, port: Port, queue_pairs: int, journal: Journal | None = None):
+    def __init__(self, port: Port, queue_pairs: int, journal: Journal | None = None, workers: Workers | None = None):
         self.port = port
         self._journal = journal
         self.rings = [Ring() for _ in range(2 * queue_pairs)]
@@ -106,18 +118,53 @@ class Engine:
         self.lost_while_away = [0] * len(self.rings)  # chains a front-end completed while no back-end was there
         self.abandoned = 0  # how often a worker got stuck
         self.patience = PATIENCE  # seconds that a worker may take to let go
+        self.lost_worker = False  # another device had to give up a worker of ours: refresh() tells what that means
         self._depth = 0
-        self._lanes = [Lane() for _ in range(queue_pairs)]
-        self._attached: set[Lane] = set()
         self._carried: list[tuple[FlowStats, FlowStats]] = []  # of lanes that had to be abandoned
         self.report_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._pump: Pump | None = None
+        self._pool = workers or Workers()
+        self._workers = self._pool.of_device(queue_pairs * (2 if self._pool.splits else 1))
+        for worker in dict.fromkeys(self._workers):
+            worker.join(self._on_lost)
+        self._apart: Worker | None = None  # serves all lanes, in place of the others
+        self._lanes = self._new_lanes()
 
-    def start_worker(self) -> None:
-        """Start the worker now rather than with the first ring. Raises OSError when there can be no thread, RingError
+    def _new_lanes(self) -> list[_Served]:
+        ways = ((False, True), (True, False)) if self._pool.splits else ((True, True),)
+        places = [(pair, *way) for pair in range(len(self.rings) // 2) for way in ways]
+        return [_Served(*place, worker, Lane(self.report_fd))
+                for place, worker in zip(places, self._workers, strict=True)]
+
+    def start_workers(self) -> None:
+        """Start the workers now rather than with the first ring. Raises OSError when there can be no thread, RingError
         when memory that vanishes could not be survived."""
-        if self._pump is None:
-            self._pump = Pump(self.report_fd)
+        for worker in self._workers:
+            worker.start()
+
+    def _on_lost(self) -> None:
+        if any(served.pump is not None for served in self._lanes):
+            self.lost_worker = True
+            os.eventfd_write(self.report_fd, 1)
+
+    def keep_apart(self, apart: bool) -> None:
+        """Have this device served by a worker that serves no other, or as before. Raises EngineStuck."""
+        if not self._pool.shared or apart == (self._apart is not None):
+            return
+        with self.paused():
+            if apart:
+                self._apart = self._pool.new()
+                self._apart.join(self._on_lost)
+                for served in self._lanes:
+                    served.worker = self._apart
+            else:
+                self._rejoin()
+
+    def _rejoin(self) -> None:
+        if self._apart is not None:
+            for served, worker in zip(self._lanes, self._workers, strict=True):
+                served.worker = worker
+            self._apart.leave(self._on_lost)
+            self._apart = None
 
     # -------------------------------------------------------------------------- pausing
 
@@ -125,13 +172,7 @@ class Engine:
     def paused(self) -> Iterator[None]:
         """No worker touches this device inside. Nests. Raises EngineStuck when a worker does not let go."""
         if self._depth == 0:
-            for lane in list(self._attached):
-                try:
-                    self._pump.detach(lane, int(1000 * self.patience))
-                except QueueBusy as busy:
-                    self._abandon()
-                    raise EngineStuck(f"a worker thread did not leave the device: {busy}") from None
-                self._attached.discard(lane)
+            self._take_back()
         self._depth += 1
         try:
             yield
@@ -140,30 +181,45 @@ class Engine:
             if self._depth == 0:
                 self._resume()
 
+    def _take_back(self, lost: WorkerLost | None = None) -> None:
+        """Have all lanes back. Raises EngineStuck where one cannot be had, or with ``lost``."""
+        for served in self._lanes:
+            if served.pump is not None:
+                try:
+                    served.worker.detach(served.lane, served.pump, self.patience)
+                    served.pump = None
+                except WorkerLost as why:
+                    lost = lost or why
+        self.lost_worker = False
+        if lost is not None:
+            self._abandon()
+            raise EngineStuck(f"a worker thread did not leave the device: {lost}")
+
     def _resume(self) -> None:
-        for pair, lane in enumerate(self._lanes):
-            to_guest, from_guest = self.rings[2 * pair], self.rings[2 * pair + 1]
-            ends = self.port.ends(pair)
-            lane.configure(LaneConfig(
-                from_guest=Flow(from_guest.queue, from_guest.enabled, from_guest.kick, from_guest.call,
-                                from_guest.err),
-                to_guest=Flow(to_guest.queue, to_guest.enabled, to_guest.kick, to_guest.call, to_guest.err),
-                to_port=ends.to_port, from_port=ends.from_port, port_header=self.port.carries.header,
-                mtu=self.mtu, watch_kicks=self.watch_kicks, features=self.features))
-            if to_guest.queue or from_guest.queue:
-                self.start_worker()
-                self._pump.attach(lane)
-                self._attached.add(lane)
+        for served in self._lanes:
+            to_guest, from_guest = self.rings[2 * served.pair], self.rings[2 * served.pair + 1]
+            config = LaneConfig(port_header=self.port.carries.header, mtu=self.mtu, watch_kicks=self.watch_kicks,
+                                features=self.features)
+            ends = self.port.ends(served.pair)
+            if served.from_guest:
+                config.from_guest, config.to_port = _flow(from_guest), ends.to_port
+            if served.to_guest:
+                config.to_guest, config.from_port = _flow(to_guest), ends.from_port
+            served.lane.configure(config)
+            if config.from_guest.queue or config.to_guest.queue:
+                try:
+                    served.pump = served.worker.attach(served.lane, max(ATTACH_PATIENCE, self.patience))
+                except WorkerLost as lost:
+                    self._take_back(lost)
 
     def _abandon(self) -> None:
-        """Leave pump, lanes and rings to the stuck worker for good, and start with fresh ones."""
-        self._carried.extend(lane.stats() for lane in self._lanes)
-        leave_to_worker(self._pump, self._lanes, self.rings, self._journal)
+        """Leave lanes and rings to the stuck worker for good, and start with fresh ones."""
+        self._carried.extend(served.lane.stats() for served in self._lanes)
+        leave_to_worker(self._lanes, self.rings, self._journal)
         self.drop_journal()
+        self._rejoin()
         self.rings = [Ring() for _ in self.rings]
-        self._lanes = [Lane() for _ in self._lanes]
-        self._attached = set()
-        self._pump = None
+        self._lanes = self._new_lanes()
         self.abandoned += 1
 
     # ---------------------------------------------------------------------------- rings
@@ -249,6 +305,7 @@ class Engine:
             self.rings = [Ring() for _ in self.rings]
             self.features = self.mtu = 0
             self.watch_kicks = False
+            self._rejoin()
         for queue in queues:
             queue.close()
 
@@ -260,8 +317,8 @@ class Engine:
         with suppress(BlockingIOError):
             os.eventfd_read(self.report_fd)
         events = LaneEvent(0)
-        for lane in self._lanes:
-            events |= lane.events()
+        for served in self._lanes:
+            events |= served.lane.events()
         return events
 
     def broken(self) -> dict[int, RingError]:
@@ -271,7 +328,7 @@ class Engine:
 
     def stats(self) -> tuple[FlowStats, FlowStats]:
         """(from_guest, to_guest), summed over all queue pairs since the device was made."""
-        both = [*self._carried, *(lane.stats() for lane in self._lanes)]
+        both = [*self._carried, *(served.lane.stats() for served in self._lanes)]
         totals = both[0]
         for from_guest, to_guest in both[1:]:
             totals = (totals[0] + from_guest, totals[1] + to_guest)
@@ -280,7 +337,7 @@ class Engine:
     def guest_macs(self) -> list[bytes]:
         """Addresses, 6 bytes each, that the guest has sent from since the last call. Raises EngineStuck."""
         with self.paused():
-            macs = [lane.guest_mac() for lane in self._lanes]
+            macs = [served.lane.guest_mac() for served in self._lanes]
         return sorted({mac for mac in macs if mac is not None})
 
     # ------------------------------------------------------------------------- handing on
@@ -292,7 +349,7 @@ class Engine:
             broken = ring.queue.state.broken if ring.queue else None
             rings.append(RingPart(ring.queue.base if ring.queue else None, broken.code if broken else None,
                                   put(ring.kick), put(ring.call), put(ring.err)))
-        held = tuple(b"" if lane in self._attached else lane.held for lane in self._lanes)
+        held = tuple(served.lane.held if served.pump is None else b"" for served in self._lanes if served.to_guest)
         journal = None if self._journal is None else (self._journal.path, put(self._journal.fileno()))
         return EnginePart(journal, tuple(rings), tuple(self.lost_while_away), held, self.stats())
 
@@ -301,7 +358,8 @@ class Engine:
         nothing does before :meth:`start`. Raises ValueError for what is no engine of this many rings."""
         for ring, given in zip(self.rings, part.rings, strict=True):
             ring.kick, ring.call, ring.err = take(given.kick), take(given.call), take(given.err)
-        for lane, frame in zip(self._lanes, part.held, strict=True):
+        receiving = [served.lane for served in self._lanes if served.to_guest]
+        for lane, frame in zip(receiving, part.held, strict=True):
             if frame:
                 lane.hold(frame)
         self.lost_while_away = list(part.lost_while_away)
@@ -323,12 +381,12 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Stop everything and end the worker."""
+        """Stop everything and leave the workers."""
         self.reset()
-        for lane in self._lanes:
-            lane.close()
-        if self._pump is not None:
-            self._pump.close()
+        for served in self._lanes:
+            served.lane.close()
+        for worker in dict.fromkeys(self._workers):
+            worker.leave(self._on_lost)
         if self._journal is not None:
             self._journal.close()
         os.close(self.report_fd)

@@ -23,9 +23,10 @@ from ring.errors import RingError
 from ring.guestmem import GuestMemory
 from ring.iotlb import WRITE, Fault, Iotlb, Part, ring_parts
 from ring.virtqueue import VirtQueue
-from vdev.engine import Engine, leave_to_worker, ring_name
+from vdev.engine import Engine, ring_name
 from vdev.logs import EventLog
 from vdev.reverse import ReverseChannel
+from vdev.workers import leave_to_worker
 from vhost_user.spec import BackendRequest, IotlbType, ProtocolFeature, VirtioBit
 from vhost_user.state import State
 from vhost_user.wire import IOTLB

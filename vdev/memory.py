@@ -7,8 +7,9 @@ after. A change that fails leaves everything as it was.
 from dataclasses import dataclass
 
 from ring.guestmem import GuestMemory, Mapping, Owner, Policy
-from vdev.engine import Engine, leave_to_worker
+from vdev.engine import Engine
 from vdev.handover import HandoverError, Put, Take
+from vdev.workers import leave_to_worker
 from vhost_user.fds import OwnedFds
 from vhost_user.wire import Region
 

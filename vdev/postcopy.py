@@ -3,7 +3,8 @@
 Theory of operation (vhost-user, "VHOST_USER_POSTCOPY_ADVISE" and what follows). The front-end is given a userfaultfd
 of ours, and told at which of our addresses it finds each region. From then on a thread of ours that touches a page that
 has not come waits in the kernel until the front-end has put it there: in a load or store, or in readv and writev.
-Workers need not know; there is one a device, so other devices run on. What follows for the rest:
+Workers need not know; while it lasts they serve no other device (Engine.keep_apart), so others run on. What follows for
+the rest:
 
 - A ring runs only once the front-end has said that it knows the addresses (State.runnable): a page that is touched
   before would be filled with zeros, and the guest's own would find its place taken.
@@ -114,6 +115,7 @@ class SessionPostcopy:
 
     def listen(self) -> None:
         """POSTCOPY_LISTEN."""
+        self._engine.keep_apart(True)
         self._listening = True
         self._engine.patience = PATIENCE
         self._log.info("postcopy-begins", "the guest goes on here before its memory has come (postcopy)")
@@ -138,6 +140,7 @@ class SessionPostcopy:
         """POSTCOPY_END: all memory has come. Raises OSError."""
         for start, length in self._memory.extents():
             self._userfault.unregister(start, length)
+        self._engine.keep_apart(False)
         self._stop()
         self._log.info("postcopy-ends", "all of the guest's memory has come (postcopy is over)")
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 from typing import NoReturn
 
-from vdev.config import DEVICE_KEYS, PROCESS_KEYS, SHARED_KEYS, DaemonConfig, build
+from vdev.config import DEVICE_KEYS, PROCESS_KEYS, SHARED_KEYS, SPREADS, DaemonConfig, build
 from vdev.errors import Misuse
 from vdev.logs import FORMATS, LEVELS
 from vdev.net.offer import PERSONALITIES
@@ -73,6 +73,11 @@ def parser(prog: str, verbs: str = "") -> Parser:
             help="let another vdev of this user take over, without the guests noticing, at the Unix socket PATH")
     process("--upgrade-from", metavar="PATH",
             help="take over from the vdev that was given --upgrade-path PATH: devices, front-ends, traffic")
+    process("--workers", metavar="|".join([*SPREADS, "N"]),
+            help="a worker thread for each device, queue pair or direction of one, or N for all (default: device)")
+    process("--cpus", metavar="LIST", help="processors on which workers run, one after the other: 2,3")
+    process("--poll-us", metavar="N|always",
+            help="look for more up to N microseconds before sleeping: faster, for processor time (default: 0)")
     process("--sandbox", metavar="on|off", help="off: keep all rights, to look at vdev with a debugger (default on)")
     process("--config", metavar="FILE.toml", help="read options from a file; the command line wins")
     process("--check-config", action="store_true", help="list all mistakes in the configuration and end")

@@ -126,15 +126,15 @@ class Report:
                 f"{self.descriptors} descriptors")
 
 
-def enter(queue_pairs: int, files: int, needs: Iterable[Needs], removable: Iterable[str]) -> Report:
+def enter(queue_pairs: int, more: int, needs: Iterable[Needs], removable: Iterable[str]) -> Report:
     """Give up what is not needed, for good; no thread may have been started.
 
-    queue_pairs: of all devices together. files: how many of memory may stay open, of all devices together. needs: of
-    each device. removable: paths of files that are to be removed at the end.
+    queue_pairs: of all devices together. more: descriptors beside those of queue pairs, for memory that stays open and
+    for workers. needs: of each device, and others'. removable: paths of files that are to be removed at the end.
     Raises OSError when rights could not be given up that this kernel does let one give up.
     """
     needs = list(needs)
-    report = Report(descriptors=_limit(DESCRIPTORS + DESCRIPTORS_PER_PAIR * queue_pairs + files))
+    report = Report(descriptors=_limit(DESCRIPTORS + DESCRIPTORS_PER_PAIR * queue_pairs + more))
     seccomp.forbid_new_privileges()
     directories = {os.path.dirname(os.path.abspath(path)) for path in removable}
     try:

@@ -26,6 +26,7 @@ from vdev.ports.base import PortError
 from vdev.ports.spec import parse_port
 from vdev.service import Service
 from vdev.upgrade import ANSWER_SECONDS, PREPARE_SECONDS, ConfigPart, EverythingPart, ServedPart
+from vdev.workers import Workers
 from vhost_user.errors import PeerError
 
 # What may come of a state that another version, or no vdev at all, has made up.
@@ -121,7 +122,7 @@ class Takeover:
             self._channel.send("prepared")
             everything = self._received("state")
             for adopted in everything.devices:
-                adopted.device.start_worker()
+                adopted.device.start_workers()
             return everything
         except (HandoverError, Failure, OSError, RingError) as error:
             with contextlib.suppress(HandoverError):
@@ -163,17 +164,18 @@ class Takeover:
     def _build(self, state: object, parcel: Parcel) -> Everything:
         part = from_plain(EverythingPart, state)
         self._compare(part)
-        adopted = [self._device(device, parcel) for device in part.devices]
+        workers = Workers.of(self._config)
+        adopted = [self._device(device, workers, parcel) for device in part.devices]
         return Everything(adopted, Listener.adopt(part.upgrade, parcel.take), part.paused_at)
 
-    def _device(self, part: ServedPart, parcel: Parcel) -> Adopted:
+    def _device(self, part: ServedPart, workers: Workers, parcel: Parcel) -> Adopted:
         config = _config(part.config)
         log = EventLog(config.name)
         sock = None if part.session is None else socket.socket(fileno=parcel.take(part.session.socket))
         if (sock is None, sock is None) != (part.device.connection is None, part.counters is None):
             raise ValueError(f"{config.name}: half a session")
         policy = replace(DEFAULT_POLICY, keep_files=True)
-        device, connection = Device.adopt(part.device, config, log, policy, parcel.take, sock)
+        device, connection = Device.adopt(part.device, config, log, policy, workers, parcel.take, sock)
         listener = None if part.listener is None else Listener.adopt(part.listener, parcel.take)
         return Adopted(config, listener, log, device, sock, connection, part)
 

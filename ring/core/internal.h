@@ -263,6 +263,7 @@ struct vq {
     uint32_t undecided;  /* packed: slots published since the last decision; no more than two laps are counted */
     bool first_decision;
     bool kicks_wanted;
+    bool silent; /* the driver was told that kicks are not wanted, more than by what is stale */
     int broken;
     uint32_t broken_at;
     uint32_t region_hint;

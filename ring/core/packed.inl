@@ -272,8 +272,25 @@ static inline int packed_arm(struct vq *q)
         store16(&q->device_event->flags, PACKED_EVENT_ENABLE);
     wrote_used(q, q->device_event, sizeof(*q->device_event));
     q->kicks_wanted = true;
+    q->silent = false;
     /* Full: the wish before the look; see split_arm. */
     full_barrier();
+    return packed_is_available(q, q->known, q->known_wrap);
+}
+
+/* For a device that looks by itself, without a wish to be kicked: has the driver made anything available where nothing
+ * was found? -> 1, 0. */
+static inline int packed_look(struct vq *q)
+{
+    if (unlikely(q->gap.there)) /* arm alone passes over it */
+        return packed_arm(q);
+    if (unlikely(!q->silent)) {
+        /* A stale offset would be reached again in the second round. */
+        store16(&q->device_event->flags, PACKED_EVENT_DISABLE);
+        wrote_used(q, q->device_event, sizeof(*q->device_event));
+        q->silent = true;
+        q->kicks_wanted = false;
+    }
     return packed_is_available(q, q->known, q->known_wrap);
 }
 

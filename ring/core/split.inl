@@ -189,9 +189,28 @@ static inline int split_arm(struct vq *q)
     store16(wish, q->event_idx ? known : 0);
     wrote_used(q, wish, sizeof(*wish));
     q->kicks_wanted = true;
+    q->silent = false;
     /* Full: the wish before the look. The driver stores avail.idx, barrier, loads avail_event or flags:
      * either it kicks, or we see its chain here. */
     full_barrier();
+    int ahead = split_see(q);
+    return ahead < 0 ? ahead : (uint16_t)(q->avail_seen - known);
+}
+
+/* For a device that looks by itself, without a wish to be kicked: has the driver made more available than was announced?
+ * -> how many; RING_E_*. */
+static inline int split_look(struct vq *q)
+{
+    uint16_t known = q->avail_seen;
+
+    if (unlikely(!q->silent)) {
+        uint16_t *wish = q->event_idx ? split_avail_event(q) : &q->used->flags;
+        /* With EVENT_IDX an index just passed: it is reached again in 65536 chains. */
+        store16(wish, q->event_idx ? (uint16_t)(known - 1) : USED_F_NO_NOTIFY);
+        wrote_used(q, wish, sizeof(*wish));
+        q->silent = true;
+        q->kicks_wanted = false;
+    }
     int ahead = split_see(q);
     return ahead < 0 ? ahead : (uint16_t)(q->avail_seen - known);
 }

@@ -34,6 +34,23 @@ static inline void publish(struct vq *q, const struct flow_config *flow, struct 
     }
 }
 
+/* struct directions, look. */
+static void look(struct lane *l, uint32_t direction, bool ask)
+{
+    bool sends = direction == WORK_FROM_GUEST;
+    const struct flow_config *flow = sends ? &l->config.from_guest : &l->config.to_guest;
+    struct vq *q = flow->queue;
+    int more;
+
+    if (ask && q->kicks_wanted)
+        return;
+    more = ask ? RING(arm)(q) : RING(look)(q);
+    if (more > 0)
+        l->work |= direction;
+    if (q->broken)
+        break_queue(l, flow, sends ? LANE_FROM_GUEST_BROKEN : LANE_TO_GUEST_BROKEN);
+}
+
 static inline void port_lost(struct lane *l)
 {
     l->port_gone = true;

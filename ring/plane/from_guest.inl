@@ -158,11 +158,12 @@ static void from_guest(struct lane *l)
         if (end == BURST_FULL)
             continue;
         if (end == BURST_EMPTY) {
-            int more = RING(arm)(q);
+            int more = l->looked_at ? 0 : RING(arm)(q);
             if (more > 0) {
                 RING(disarm)(q);
                 continue;
             }
+            l->resting |= WORK_FROM_GUEST;
         }
         l->work &= ~(uint32_t)WORK_FROM_GUEST;
         if (q->broken)

@@ -1,5 +1,5 @@
 /*
- * What a lane is made of: shared by the worker (pump.c) and the code that moves frames (pump_fd.c).
+ * What a lane is made of: shared by the worker (worker.c) and the code that moves frames (from_guest.inl, to_guest.inl).
  * All of it belongs to whoever owns the lane, except `events`, `stats` and `attached`, which may be read
  * from the control thread at any time.
  */
@@ -38,8 +38,12 @@ struct lane {
     struct lane_stats stats;
     uint32_t events; /* enum lane_event, atomic */
     struct pump *attached; /* NULL: the caller's */
+    int report;            /* an eventfd: there are events */
+    bool news;             /* an event that was not reported yet */
 
     uint32_t work;
+    uint32_t resting; /* enum work bits of the rings at rest: an empty transmitq, a receiveq without enough buffers */
+    bool looked_at;   /* the worker looks at rings that come to rest: they need not ask for kicks */
     bool call_from_guest; /* the call descriptor of a running queue changed: signal it once */
     bool call_to_guest;
     bool blocked;    /* the port takes no more: a chain was given back, wait until it is writable */
@@ -70,18 +74,26 @@ struct lane {
 struct directions {
     void (*from_guest)(struct lane *l);
     void (*to_guest)(struct lane *l);
+    /* `direction` (enum work) is at rest: is there more than it knew of? Then it has work. Kicks are asked for before,
+     * or no longer. */
+    void (*look)(struct lane *l, uint32_t direction, bool ask);
 };
 extern const struct directions split_directions, packed_directions;
 
 /* Serve one direction until it is idle, blocked, or its budget is used up (then the work bit stays set).
- * Guest memory that vanishes sets memory_gone and is reported. The worker's thread is prepared for guards. */
-void serve_from_guest(struct lane *l);
-void serve_to_guest(struct lane *l);
+ * Guest memory that vanishes sets memory_gone and is reported. The worker's thread is prepared for guards.
+ * -> something was done. */
+bool serve_from_guest(struct lane *l);
+bool serve_to_guest(struct lane *l);
+/* Look at the rings at rest, instead of waiting for kicks; or with `ask` before doing that. */
+void look_at_resting(struct lane *l, bool ask);
 
 /* Note an event for the control thread; the worker reports it after the round. */
 static inline void lane_event(struct lane *l, uint32_t event)
 {
-    __atomic_fetch_or(&l->events, event, __ATOMIC_RELAXED);
+    uint32_t before = __atomic_fetch_or(&l->events, event, __ATOMIC_RELAXED);
+
+    l->news |= !(before & event);
 }
 
 /* A chain was met whose translation is missing, and given back: leave its direction alone until the lane is attached

@@ -2,7 +2,7 @@
  * The contract of the fd pump: a worker thread that moves frames between virtqueues and file
  * descriptors. Word for word part of the cffi definition, like core/ring.h.
  *
- * A lane is one queue pair joined to one queue of a port. It belongs to exactly one side at a time:
+ * A lane is one queue pair joined to one queue of a port; or one of its directions, the other queue left out. It belongs to exactly one side at a time:
  * to its pump while attached, to the caller while detached. Only a detached lane may be configured,
  * and its virtqueues answer step calls only then. Frames have a virtio_net_hdr of 12 bytes on the
  * guest's side, and `port_header` bytes (12 or 0) on the port's.
@@ -23,7 +23,7 @@
 #define BURSTS 4
 
 struct pump; /* one worker thread */
-struct lane; /* one queue pair at one port */
+struct lane; /* one queue pair at one port, or one direction of it */
 
 /* Why a frame was lost. Each lost frame is counted in exactly one of these. */
 enum drop_reason {
@@ -50,6 +50,8 @@ struct flow_stats {
     uint64_t calls;          /* notifications sent to the driver */
     uint64_t calls_saved;    /* publications that needed none */
     uint64_t bursts;         /* times the ring was served */
+    uint64_t cycles;         /* of the processor's time stamp counter, while serving the ring got something done; 0
+                              * where there is none that is cheap to read */
 };
 
 struct lane_stats {
@@ -113,12 +115,26 @@ int header_from_guest(struct net_header *h, uint64_t length, uint64_t features, 
  * nothing, num_buffers becomes 1. -> 0, or DROP_OFFLOAD when the frame needs what is missing. */
 int header_to_guest(struct net_header *h, uint64_t features);
 
-/* -> NULL with errno. `report` is an eventfd of the caller, written when a lane has events. */
-struct pump *pump_new(int report);
+#define POLL_ALWAYS 0xffffffff
+
+/* How a worker lives. */
+struct pump_config {
+    int32_t cpu;      /* the processor it runs on, -1: any */
+    uint32_t poll_us; /* microseconds to look at the rings after the last work, before it sleeps, at most: it adapts.
+                       * 0: it sleeps at once. POLL_ALWAYS: while it has a lane it never sleeps. No driver is asked for
+                       * kicks meanwhile */
+};
+
+/* -> NULL with errno: EINVAL where the thread may not run on that processor. */
+struct pump *pump_new(const struct pump_config *config);
 /* All lanes must be detached. Waits for the thread to end. */
 void pump_free(struct pump *p);
+/* For a worker that did not answer in time: it touches no lane again once it is through with the burst it is in, and
+ * ends. Its lanes stay attached; neither they nor `p` may ever be freed or used. */
+void pump_give_up(struct pump *p);
 
-struct lane *lane_new(void);
+/* `report` is an eventfd of the caller, written when the lane has events; -1: none. */
+struct lane *lane_new(int report);
 void lane_free(struct lane *l);
 /* -> RING_OK, RING_E_BUSY when attached. */
 int lane_configure(struct lane *l, const struct lane_config *config);
@@ -137,8 +153,9 @@ int lane_held(const struct lane *l, uint8_t *out);
 int lane_hold(struct lane *l, const uint8_t *frame, uint32_t length);
 
 /* Hand over; each queue is looked at once without a kick and its driver is called once.
- * -> RING_OK or RING_E_BUSY / RING_E_NOMEM. */
-int pump_attach(struct pump *p, struct lane *l);
+ * -> RING_OK, RING_E_NOMEM, or RING_E_BUSY when it is attached or the worker does not answer within timeout_ms (the lane
+ * then stays the pump's). Lanes of one pump have no port descriptor in common. */
+int pump_attach(struct pump *p, struct lane *l, int timeout_ms);
 /* Take back: returns when the worker has left the lane and given back what it had popped.
  * -> RING_OK, or RING_E_BUSY when that takes longer than timeout_ms (the lane then stays the pump's). */
 int pump_detach(struct pump *p, struct lane *l, int timeout_ms);

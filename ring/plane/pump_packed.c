@@ -5,4 +5,4 @@
 #include "from_guest.inl"
 #include "to_guest.inl"
 
-const struct directions packed_directions = {from_guest, to_guest};
+const struct directions packed_directions = {from_guest, to_guest, look};

@@ -37,28 +37,82 @@ static void after(struct lane *l, struct vq *q, uint32_t written)
     l->work = 0;
 }
 
-void serve_from_guest(struct lane *l)
+/* The time stamp counter; 0 where there is none that is cheap to read. */
+static uint64_t time_stamp(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    return __builtin_ia32_rdtsc();
+#else
+    return 0;
+#endif
+}
+
+/* A number that changes whenever a chain or a frame is dealt with. */
+static uint64_t dealt_with(const struct flow_stats *stats)
+{
+    uint64_t sum = stats->frames + stats->bad_chains;
+
+    for (int i = 0; i < DROP_REASONS; i++)
+        sum += stats->dropped[i];
+    return sum;
+}
+
+static bool serve(struct lane *l, struct vq *q, struct flow_stats *stats, void (*direction)(struct lane *),
+                  uint32_t written)
+{
+    uint64_t before = dealt_with(stats), begun = time_stamp();
+
+    stats->bursts++;
+    guarded(l, direction);
+    after(l, q, written);
+    if (dealt_with(stats) == before)
+        return false;
+    stats->cycles += time_stamp() - begun;
+    return true;
+}
+
+bool serve_from_guest(struct lane *l)
 {
     const struct flow_config *flow = &l->config.from_guest;
 
+    l->resting &= ~(uint32_t)WORK_FROM_GUEST;
     if (l->blocked || l->waiting & WORK_FROM_GUEST || !can_serve(l, flow)) {
         l->work &= ~(uint32_t)WORK_FROM_GUEST;
-        return;
+        return false;
     }
-    l->stats.from_guest.bursts++;
-    guarded(l, directions_of(flow->queue)->from_guest);
-    after(l, flow->queue, 0);
+    return serve(l, flow->queue, &l->stats.from_guest, directions_of(flow->queue)->from_guest, 0);
 }
 
-void serve_to_guest(struct lane *l)
+bool serve_to_guest(struct lane *l)
 {
     const struct flow_config *flow = &l->config.to_guest;
 
+    l->resting &= ~(uint32_t)WORK_TO_GUEST;
     if (!flow->enabled || l->config.from_port < 0 || l->waiting & WORK_TO_GUEST || !can_serve(l, flow)) {
         l->work &= ~(uint32_t)WORK_TO_GUEST;
+        return false;
+    }
+    return serve(l, flow->queue, &l->stats.to_guest, directions_of(flow->queue)->to_guest,
+                 sizeof(l->pieces) / sizeof(*l->pieces));
+}
+
+static __attribute__((noinline)) void guarded_look(struct lane *l, const struct vq *q, uint32_t direction, bool ask)
+{
+    if (guard_enter()) {
+        l->memory_gone = true;
         return;
     }
-    l->stats.to_guest.bursts++;
-    guarded(l, directions_of(flow->queue)->to_guest);
-    after(l, flow->queue, sizeof(l->pieces) / sizeof(*l->pieces));
+    directions_of(q)->look(l, direction, ask);
+    guard_leave();
+}
+
+void look_at_resting(struct lane *l, bool ask)
+{
+    for (uint32_t direction = WORK_FROM_GUEST; direction <= WORK_TO_GUEST; direction <<= 1) {
+        const struct flow_config *flow = direction == WORK_FROM_GUEST ? &l->config.from_guest : &l->config.to_guest;
+        if (!(l->resting & direction) || !can_serve(l, flow))
+            continue;
+        guarded_look(l, flow->queue, direction, ask);
+        after(l, flow->queue, 0);
+    }
 }

@@ -290,12 +290,13 @@ static void to_guest(struct lane *l)
         publish(q, flow, &l->stats.to_guest);
         if (end == STARVED) {
             /* Ask for a kick; what the driver has posted since is seen now, or it kicks. */
-            int more = RING(arm)(q);
+            int more = l->looked_at ? 0 : RING(arm)(q);
             if (more > 0) {
                 RING(disarm)(q);
                 continue;
             }
             l->starved = more == 0;
+            l->resting |= WORK_TO_GUEST;
         }
         if (end == WAITING)
             lane_wait(l, WORK_TO_GUEST);

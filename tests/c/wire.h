@@ -20,7 +20,8 @@ struct wire {
     struct lane_config config;
 };
 
-static inline void wire_init(struct wire *w, uint64_t features)
+/* As wire_init, with a worker of this kind. */
+static inline void wire_init_on(struct wire *w, uint64_t features, const struct pump_config *worker)
 {
     int ends[2];
 
@@ -42,9 +43,14 @@ static inline void wire_init(struct wire *w, uint64_t features)
         .features = features,
     };
     CHECK_EQ(guard_install(), RING_OK);
-    w->pump = pump_new(w->report);
-    w->lane = lane_new();
+    w->pump = pump_new(worker);
+    w->lane = lane_new(w->report);
     CHECK(w->pump && w->lane);
+}
+
+static inline void wire_init(struct wire *w, uint64_t features)
+{
+    wire_init_on(w, features, &(struct pump_config){.cpu = -1});
 }
 
 static inline void wire_attach(struct wire *w, struct vq *from_guest, struct vq *to_guest)
@@ -52,7 +58,7 @@ static inline void wire_attach(struct wire *w, struct vq *from_guest, struct vq 
     w->config.from_guest.queue = from_guest;
     w->config.to_guest.queue = to_guest;
     CHECK_EQ(lane_configure(w->lane, &w->config), RING_OK);
-    CHECK_EQ(pump_attach(w->pump, w->lane), RING_OK);
+    CHECK_EQ(pump_attach(w->pump, w->lane, 10000), RING_OK);
 }
 
 static inline void wire_detach(struct wire *w)

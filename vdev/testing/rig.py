@@ -200,12 +200,12 @@ class WiredDevice(ABC):
 
 
 class PumpedDevice(WiredDevice):
-    """A pump between ``driver`` and a wire."""
+    """A pump between ``driver`` and a wire. poll_us: see Pump."""
 
-    def __init__(self, driver: NetDriver, **options: object) -> None:
-        self.lane = Lane()
+    def __init__(self, driver: NetDriver, poll_us: int | None = 0, **options: object) -> None:
         self._report = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.pump = Pump(self._report)
+        self.lane = Lane(self._report)
+        self.pump = Pump(poll_us=poll_us)
         super().__init__(driver, **options)
 
     def _lend(self) -> None:

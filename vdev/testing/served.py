@@ -97,7 +97,7 @@ class ServedDevice:
         self.device = Device("test", self.port, config, self._log,
                              journal and Journal(str(journal), 2 * config.queue_pairs),
                              arrivals=Arrivals(UserfaultSource()) if postcopy else None)
-        self.device.start_worker()
+        self.device.start_workers()
         self._source = _Handed()
         self._service = Service(self._loop, self.device, self._source, self._log, False, self._loop.stop)
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
