@@ -161,7 +161,7 @@ class Guest:
             broken = flow.queue.state.broken
             rings.append(vars(flow.queue.state) | {"broken": broken and (broken.code, broken.at)})
         return {
-            "stats": [vars(stats) | {"kicks": 0, "bursts": 0}
+            "stats": [vars(stats) | {"kicks": 0, "bursts": 0, "cycles": 0}
                       for stats in (self.device.from_guest, self.device.to_guest)],
             "rings": rings,
             "called": [queue.called() for queue in (self.driver.transmitq, self.driver.receiveq)],

@@ -156,6 +156,17 @@ def test_fifty_upgrades_in_a_row_under_traffic_leave_nothing_behind(line, featur
     running.stop()
 
 
+@pytest.mark.parametrize("features", RINGS.values(), ids=RINGS.keys())
+def test_successor_may_have_other_workers(line, features):
+    running = line("--port", "loopback:", "--queue-pairs", "2", "--workers", "direction")
+    with ScriptedGuest.connect(running.path, features=features, queue_pairs=2) as guest, Stream(guest) as stream:
+        for workers in ("1", "direction", "pair", "device"):
+            stream.advance(50)
+            running.succeed("--workers", workers, "--poll-us", "always" if workers == "pair" else "50",
+                            "--cpus", str(min(os.sched_getaffinity(0))))
+        stream.advance(50)
+
+
 def _held_by(daemon):
     """(descriptors, mappings of guest memory, threads) of the process. Its parent is gone from all of it."""
     proc = Path(f"/proc/{daemon.child.pid}")

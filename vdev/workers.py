@@ -89,7 +89,7 @@ class Worker:
         from ring.errors import QueueBusy
 
         if pump is not self._pump:
-            raise WorkerLost("it is stuck in another device that it serves, too (--workers)")
+            raise WorkerLost("it serves other devices, too (--workers), and is stuck in one of them")
         try:
             pump.detach(lane, int(1000 * patience))
         except QueueBusy as busy:

@@ -27,6 +27,7 @@ from vdev.service import Service
 from vdev.testing.netdriver import NetHeader
 from vdev.testing.scripted import ScriptedGuest
 from vdev.userfault import UserfaultSource
+from vdev.workers import Workers
 
 WAIT = 10.0  # seconds until a test gives up
 FRAME = bytes.fromhex("52540012345602000000000188b5") + bytes(range(100))
@@ -82,11 +83,12 @@ class ServedDevice:
     """A device with ``port`` and as many queue pairs as it carries; a context manager.
 
     removed: mask of features not to offer. journal: the path of its journal, if it is to have one. personality: as for
-    --personality. postcopy: offer it (OSError where it cannot be had). ``log`` collects (event, text) of its log lines.
+    --personality. postcopy: offer it (OSError where it cannot be had). workers: those of a daemon. ``log`` collects
+    (event, text) of its log lines.
     """
 
     def __init__(self, port: WirePort | None = None, removed: int = 0, journal: Path | None = None,
-                 personality: str = "qemu-net", postcopy: bool = False) -> None:
+                 personality: str = "qemu-net", postcopy: bool = False, workers: Workers | None = None) -> None:
         self.port = port or WirePort()
         self.log: list[tuple[str, str]] = []
         config = DeviceConfig("test", fd=0, queue_pairs=self.port.carries.queue_pairs,
@@ -96,7 +98,7 @@ class ServedDevice:
         self._log = _Recorder(self.log)
         self.device = Device("test", self.port, config, self._log,
                              journal and Journal(str(journal), 2 * config.queue_pairs),
-                             arrivals=Arrivals(UserfaultSource()) if postcopy else None)
+                             arrivals=Arrivals(UserfaultSource()) if postcopy else None, workers=workers)
         self.device.start_workers()
         self._source = _Handed()
         self._service = Service(self._loop, self.device, self._source, self._log, False, self._loop.stop)

@@ -1,0 +1,271 @@
+"""Which worker serves what: every way to spread lanes, workers that several devices share, and one that gets stuck."""
+
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from vdev.errors import Failure
+from vdev.net.features import Feature, mask
+from vdev.testing.daemon import Daemon
+from vdev.testing.process import ProcessDied
+from vdev.testing.scripted import ScriptedGuest
+from vdev.testing.served import FRAME, ServedDevice, WirePort, both_ways
+from vdev.testing.waiting import wait_until
+from vdev.workers import Worker, Workers, check_cpus
+from vhost_user.errors import Disconnected
+
+PLAIN = mask(Feature.VERSION_1, Feature.MRG_RXBUF)
+RINGS = {"split": PLAIN, "packed": PLAIN | mask(Feature.RING_PACKED)}
+ALLOWED = sorted(os.sched_getaffinity(0))
+PAIRS = 2
+
+
+def threads() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
+
+
+def place(task: Path) -> str:
+    (line,) = [line for line in (task / "status").read_text().splitlines() if line.startswith("Cpus_allowed_list:")]
+    return line.split()[1]
+
+
+# ------------------------------------------------------------------------------------------- the pool
+
+
+@pytest.mark.parametrize("spread, pattern", [("device", "aaaa"), ("pair", "abcd"), ("direction", "abcd"), (1, "aaaa"),
+                                             (3, "abca")])
+def test_lanes_of_one_device(spread, pattern):
+    workers = Workers(spread).of_device(4)
+    assert [workers.index(worker) for worker in workers] == [pattern.index(letter) for letter in pattern]
+
+
+def test_devices_share_only_what_has_a_number():
+    for spread in ("device", "pair", "direction"):
+        pool = Workers(spread)
+        assert not pool.shared and not set(pool.of_device(2)) & set(pool.of_device(2))
+    pool = Workers(3)
+    first, second = pool.of_device(2), pool.of_device(2)
+    assert pool.shared and [*first, *second] == [*first, second[0], first[0]] and len({*first, *second}) == 3
+
+
+@pytest.mark.parametrize("cpus", [(ALLOWED[0],), tuple(ALLOWED), tuple(reversed(ALLOWED))])
+def test_workers_take_the_processors_in_turn(cpus):
+    before = threads()
+    workers = Workers("pair", cpus).of_device(3)
+    for worker in workers:
+        worker.join(print)
+        worker.start()
+    try:
+        made = sorted(threads() - before, key=int)
+        assert [place(Path("/proc/self/task", task)) for task in made] == [str(cpus[n % len(cpus)]) for n in range(3)]
+    finally:
+        for worker in workers:
+            worker.leave(print)
+    assert not threads() - before
+
+
+def test_thread_lives_as_long_as_somebody_has_joined():
+    before, worker = threads(), Worker()
+    first, second = object().__str__, object().__repr__
+    worker.join(first)
+    worker.join(second)
+    worker.start()
+    worker.start()
+    assert len(threads() - before) == 1
+    worker.leave(first)
+    assert len(threads() - before) == 1
+    worker.leave(second)
+    assert threads() == before
+
+
+def test_processor_that_this_process_cannot_have():
+    check_cpus(ALLOWED)
+    with pytest.raises(Failure, match=r"--cpus: this process cannot run on processor 8191; .* \d+"):
+        check_cpus([ALLOWED[0], 8191])
+    assert sorted(os.sched_getaffinity(0)) == ALLOWED
+
+
+# ------------------------------------------------------------------------------------- frames both ways
+
+WAYS = {"device": ("device", 0), "pair": ("pair", 0), "direction": ("direction", 0), "shared": (2, 0),
+        "device, polling": ("device", 50), "direction, polling": ("direction", 50), "shared, polling": (2, 50),
+        "pair, always polling": ("pair", None)}
+
+
+@pytest.mark.parametrize("features", RINGS.values(), ids=RINGS)
+@pytest.mark.parametrize("spread, poll_us", WAYS.values(), ids=WAYS)
+def test_frames_both_ways(spread, poll_us, features):
+    before = threads()
+    with ServedDevice(WirePort(PAIRS), workers=Workers(spread, ALLOWED[-1:], poll_us)) as served:
+        made = threads() - before
+        threads_of_workers = {"device": 1, "pair": PAIRS, "direction": 2 * PAIRS}.get(spread, spread)
+        assert len(made) == threads_of_workers + 1  # and the test's own
+        with ScriptedGuest(served.connect(), features=features, queue_pairs=PAIRS) as guest:
+            for _ in range(3):
+                for pair in range(PAIRS):
+                    both_ways(served, guest, pair)
+            bases = [guest.front_end.get_vring_base(ring) for ring in range(2 * PAIRS)]
+            assert all(bases)
+        text = served.wait_for("session-end")
+        assert f"from guest {3 * PAIRS} frames" in text and f"to guest {3 * PAIRS} frames" in text
+    assert threads() == before
+
+
+# ------------------------------------------------------------------------------------------ sharing
+
+
+def at_rest(served: ServedDevice) -> threading.Event:
+    """Pause the device until the event is set."""
+    paused, go_on = threading.Event(), threading.Event()
+
+    def pause() -> None:
+        with served.device.engine.paused():
+            paused.set()
+            go_on.wait(20)
+
+    threading.Thread(target=lambda: served.call(pause), daemon=True).start()
+    assert paused.wait(10)
+    return go_on
+
+
+@pytest.mark.parametrize("poll_us", [0, 50], ids=["sleeping", "polling"])
+@pytest.mark.parametrize("features", RINGS.values(), ids=RINGS)
+def test_device_that_is_paused_or_goes_leaves_the_others_running(features, poll_us):
+    workers = Workers(1, poll_us=poll_us)
+    with ServedDevice(workers=workers) as one, ServedDevice(workers=workers) as other, \
+            ScriptedGuest(other.connect(), features=features) as guest:
+        with ScriptedGuest(one.connect(), features=features) as quiet:
+            both_ways(one, quiet)
+            go_on = at_rest(one)
+            quiet.driver.transmit(FRAME)
+            both_ways(other, guest)
+            go_on.set()
+            assert quiet.driver.reclaim_all(10)
+            one.port.wire[0].recv(1 << 16)
+            one.call(one.device.engine.reset)
+            both_ways(other, guest)
+        one.wait_for("session-end")
+        both_ways(other, guest)
+        with ScriptedGuest(one.connect(), features=features) as quiet:
+            both_ways(one, quiet)
+            both_ways(other, guest)
+
+
+def workers_now() -> set[str]:
+    """Threads that are not Python's."""
+    return threads() - {str(thread.native_id) for thread in threading.enumerate()}
+
+
+def get_stuck(worker: str, served: ServedDevice, guest: ScriptedGuest) -> None:
+    """The port blocks, as no port does, and takes no more: the worker sleeps though it has work."""
+    os.set_blocking(served.port.ends(0).to_port, True)
+    driver = guest.driver
+
+    def full() -> bool:
+        driver.reclaim()
+        while driver.transmitq.outstanding < 32:
+            driver.transmit(FRAME)
+        asleep = "\nState:\tS" in Path("/proc/self/task", worker, "status").read_text()
+        driver.reclaim()
+        return asleep and driver.transmitq.outstanding == 32
+
+    wait_until(full, "the port takes everything")
+
+
+def drain(wire: socket.socket) -> None:
+    try:
+        while wire.recv(1 << 16):
+            pass
+    except BlockingIOError:
+        pass
+
+
+@pytest.mark.parametrize("first", ["stuck", "innocent"])
+def test_stuck_worker_ends_the_sessions_of_all_that_share_it(first):
+    """Whoever of them notices. Both may come back, are served by another worker, and the old one ends when it can."""
+    before = threads()
+    workers = Workers(1)
+    with ServedDevice(workers=workers) as one, ServedDevice(workers=workers) as other:
+        with ScriptedGuest(other.connect(), features=PLAIN) as guest, \
+                ScriptedGuest(one.connect(), features=PLAIN, size=64) as culprit:
+            both_ways(other, guest)
+            (worker,) = workers_now()
+            get_stuck(worker, one, culprit)
+            notices, learns = (one, other) if first == "stuck" else (other, one)
+            front_end = culprit.front_end if first == "stuck" else guest.front_end
+            with pytest.raises(Disconnected):
+                front_end.get_vring_base(1)
+            assert "did not let go within 100 ms" in notices.wait_for("session-end")
+            assert "serves other devices, too (--workers), and is stuck" in learns.wait_for("session-end")
+        assert one.device.engine.abandoned == other.device.engine.abandoned == 1
+        os.set_blocking(one.port.ends(0).to_port, False)
+        with ScriptedGuest(other.connect(), features=PLAIN) as guest:
+            both_ways(other, guest)
+            assert len(workers_now() - {worker}) == 1
+            assert worker in workers_now()
+            wait_until(lambda: drain(one.port.wire[0]) or worker not in threads(), "it is still there")
+            drain(one.port.wire[0])
+            with ScriptedGuest(one.connect(), features=PLAIN) as culprit:
+                both_ways(one, culprit)
+                both_ways(other, guest)
+    assert threads() == before
+
+
+def test_device_that_is_kept_apart_shares_no_worker():
+    """A guest arrives by postcopy there: its worker may wait for a page."""
+    workers, before = Workers(1), threads()
+    with ServedDevice(workers=workers) as one, ServedDevice(workers=workers) as other, \
+            ScriptedGuest(one.connect(), features=PLAIN) as waiting, \
+            ScriptedGuest(other.connect(), features=PLAIN) as guest:
+        both_ways(one, waiting)
+        shared = workers_now()
+        one.call(lambda: one.device.engine.keep_apart(True))
+        (own,) = workers_now() - shared
+        both_ways(one, waiting)
+        get_stuck(own, one, waiting)
+        both_ways(other, guest)
+        os.set_blocking(one.port.ends(0).to_port, False)
+        drain(one.port.wire[0])
+        assert waiting.driver.reclaim_all(10)
+        drain(one.port.wire[0])
+        one.call(lambda: one.device.engine.keep_apart(False))
+        assert workers_now() == shared
+        both_ways(one, waiting)
+        both_ways(other, guest)
+    assert threads() == before
+
+
+# ------------------------------------------------------------------------------------------ the daemon
+
+
+@pytest.mark.parametrize("options, count", [
+    ([], 1), (["--workers", "pair"], 3), (["--workers", "direction", "--poll-us", "20"], 6), (["--workers", "2"], 2),
+])
+def test_daemon_places_its_workers(tmp_path, options, count):
+    path = str(tmp_path / "vm.sock")
+    cpu = ALLOWED[-1]
+    with Daemon(["--socket-path", path, "--port", "loopback:", "--queue-pairs", "3", "--cpus", str(cpu),
+                 *options]) as daemon:
+        pid = str(daemon.child.pid)
+        tasks = [task for task in Path("/proc", pid, "task").iterdir() if task.name != pid]
+        assert [place(task) for task in tasks] == [str(cpu)] * count
+        with ScriptedGuest.connect(path, features=PLAIN, queue_pairs=3) as guest:
+            assert guest.exchange(FRAME) == FRAME
+
+
+def test_daemon_says_which_processor_is_not_there(tmp_path):
+    with pytest.raises(ProcessDied, match="--cpus: this process cannot run on processor 8000; "):
+        Daemon(["--socket-path", str(tmp_path / "vm.sock"), "--cpus", f"{ALLOWED[0]},8000", "--port", "null:"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_front_end_is_heard_while_the_workers_always_poll(tmp_path):
+    path = str(tmp_path / "vm.sock")
+    with Daemon(["--socket-path", path, "--port", "loopback:", "--poll-us", "always"]), \
+            ScriptedGuest.connect(path, features=PLAIN) as guest:
+        for _ in range(10):
+            assert guest.exchange(FRAME) == FRAME
+            assert guest.front_end.get_features()
