@@ -1,9 +1,9 @@
 """The cffi recipes (API mode, out of line) of two extension modules.
 
 ``ring._core`` is the virtqueue core and its data plane; ``ring._driver`` is the load generator, the
-guest's half in C, which no daemon loads. The contracts (core/ring.h, plane/pump.h, core/driver.h) are the
-cdef, word for word. A digest of the C sources is baked into each, so that an editable install whose
-``.so`` is older than its sources can be told (ring/build.py).
+guest's half in C, which no daemon loads. The contracts (core/ring.h, plane/pump.h, plane/offload.h,
+core/driver.h) are the cdef, word for word. A digest of the C sources is baked into each, so that an editable
+install whose ``.so`` is older than its sources can be told (ring/build.py).
 """
 
 import importlib.util

@@ -3,15 +3,6 @@
 
 #include "header.h"
 
-#define F_NEEDS_CSUM 1
-#define F_DATA_VALID 2
-#define GSO_NONE 0
-#define GSO_TCPV4 1
-#define GSO_UDP 3
-#define GSO_TCPV6 4
-#define GSO_UDP_L4 5
-#define GSO_ECN 0x80
-
 static bool has(uint64_t features, unsigned bit)
 {
     return features >> bit & 1;

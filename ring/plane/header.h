@@ -22,4 +22,14 @@
 #define NET_F_GUEST_USO6 55
 #define NET_F_HOST_USO 56
 
+/* What flags and gso_type may hold (virtio 1.2, 5.1.6). */
+#define F_NEEDS_CSUM 1
+#define F_DATA_VALID 2
+#define GSO_NONE 0
+#define GSO_TCPV4 1
+#define GSO_UDP 3
+#define GSO_TCPV6 4
+#define GSO_UDP_L4 5
+#define GSO_ECN 0x80
+
 _Static_assert(sizeof(struct net_header) == NET_HEADER, "as the specification lays it out");

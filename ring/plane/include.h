@@ -1,5 +1,6 @@
-/* The pump's contract as C sees it, with what ring.h and pump.h may not hold themselves. */
+/* The contracts of the plane as C sees them, with what ring.h, pump.h and offload.h may not hold themselves. */
 #pragma once
 
 #include "../core/include.h"
 #include "pump.h"
+#include "offload.h"
