@@ -22,8 +22,8 @@ if not sources.compiled(RING):
     pytest.skip("no C sources here: the package is installed, not checked out", allow_module_level=True)
 
 PROGRAMS = {
-    GCC: ("arithmetic", "budget", "dirty", "enumerate", "guestmem", "mutate", "pump", "rings", "workers"),
-    CLANG: ("dirty", "guestmem", "mutate", "pump", "rings", "workers"),
+    GCC: ("arithmetic", "budget", "dirty", "enumerate", "guestmem", "mutate", "offload", "pump", "rings", "workers"),
+    CLANG: ("dirty", "guestmem", "mutate", "offload", "pump", "rings", "workers"),
     THREADS: ("dirty", "pump", "workers"),
     FAST: ("arithmetic", "dirty", "litmus"),
 }

@@ -1,4 +1,5 @@
-"""Fuzzing the C core, guided by coverage: walker, notification events and memory table (tests/fuzz, libFuzzer).
+"""Fuzzing the C core, guided by coverage: walker, notification events, memory table, and software offloads
+(tests/fuzz, libFuzzer).
 
 The corpus, inputs that together reach all that was ever reached, is replayed in every run; new inputs are looked for
 with --long. An input that ends a fuzzer is printed as hex: what was wrong becomes a test of its own, and the input
@@ -54,8 +55,8 @@ def test_corpus_is_replayed(builder: Builder, fuzzer: str) -> None:
 
 
 def test_corpus_is_small() -> None:
-    assert FUZZERS == ["events", "memory_table", "walker"]
-    # tests/test_fuzz_control.py is about the fourth.
+    assert FUZZERS == ["events", "memory_table", "offload", "walker"]
+    # tests/test_fuzz_control.py is about the fifth.
     assert sorted(path.name for path in (HERE / "corpus").iterdir()) == sorted([*FUZZERS, "control"])
     for fuzzer in FUZZERS:
         assert 10 < len(corpus(fuzzer)) < 150
@@ -84,6 +85,10 @@ def test_fuzzing_finds_nothing(builder: Builder, fuzzer: str, tmp_path: Path) ->
     ("memory_table", Fault("core/guestmem.c", "wraps", "UINT64_MAX - size", "UINT64_MAX - (size - 1)")),
     ("memory_table", Fault("core/guestmem.c", "guestmem_uva", "len <= r->size - (uva - r->uva)", "len <= r->size")),
     ("memory_table", Fault("core/internal.h", "guestmem_find", "middle + 1", "middle + 2")),
+    ("offload", Fault("plane/segment.c", "read_ipv6", "at + IPV6_UNIT > r->have", "at > r->have")),
+    ("offload", Fault("plane/segment.c", "end_datagram", "length > s->end - s->network", "length > s->end")),
+    ("offload", Fault("plane/segment.c", "plan", "s->size < in_first", "s->size == 0")),
+    ("offload", Fault("plane/checksum.c", "plus_at", "odd ?", "odd && part > UINT32_MAX ?")),
 ], ids=lambda value: value if isinstance(value, str) else value.function)
 def test_fuzzing_finds_a_mistake(builder: Builder, fuzzer: str, fault: Fault, tmp_path: Path) -> None:
     status, said = fuzz(builder, fuzzer, tmp_path, SECONDS, fault)

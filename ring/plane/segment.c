@@ -160,13 +160,13 @@ static int read_ipv6(struct segmenter *s, struct reading *r)
 
 static int read_transport(struct segmenter *s, const struct reading *r)
 {
-    const uint8_t *header = s->header + s->transport;
     uint32_t length = s->is_tcp ? TCP_HEADER : UDP_HEADER;
 
     if (r->protocol != (s->is_tcp ? PROTOCOL_TCP : PROTOCOL_UDP))
         return OFFLOAD_E_PROTOCOL;
     if (s->transport + length > r->have)
         return OFFLOAD_E_HEADERS;
+    const uint8_t *header = s->header + s->transport;
     if (s->is_tcp) {
         length = (header[12] >> 4) * 4u;
         if (length < TCP_HEADER)
