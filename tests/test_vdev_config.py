@@ -47,13 +47,14 @@ def test_everything_on_the_command_line():
     config = configure(
         "--socket-path=/run/x.sock", "--port", "tap:v0,ip=10.0.0.1/24,bridge=br0", "--queue-pairs", "4",
         "--features", "-mrg_rxbuf,+csum", "--personality", "full", "--socket-group", "kvm", "--socket-mode", "600",
-        "--postcopy", "--one-off", "--ready-fd", "7", "--log-format", "json", "-v")
+        "--postcopy", "--one-off", "--ready-fd", "7", "--log-format", "json", "-v", "--workers", "direction",
+        "--cpus", "3,0", "--poll-us", "50")
     assert config == DaemonConfig(
         devices=(DeviceConfig("net0", socket_path="/run/x.sock", socket_group="kvm", socket_mode=0o600,
                               port=parse_port("tap:v0,ip=10.0.0.1/24,bridge=br0"), queue_pairs=4,
                               features=FeatureEdit(mask(Feature.CSUM), mask(Feature.MRG_RXBUF)),
                               personality="full", postcopy=True),),
-        one_off=True, ready_fd=7, log_format="json", log_level="debug")
+        one_off=True, ready_fd=7, log_format="json", log_level="debug", workers="direction", cpus=(3, 0), poll_us=50)
 
 
 def test_client():
@@ -98,6 +99,9 @@ def test_file(file):
     path = file("""
         log-format = "json"
         one-off = true
+        workers = 3
+        cpus = [2]
+        poll-us = "always"
         queue-pairs = 2
         socket-mode = 0o600
         [[device]]
@@ -116,7 +120,7 @@ def test_file(file):
                               features=FeatureEdit(mask(Feature.CSUM), mask(Feature.MRG_RXBUF))),
                  DeviceConfig("b", fd=4, socket_mode=0o600, queue_pairs=1,
                               features=FeatureEdit(0, mask(Feature.MQ)))),
-        one_off=True, log_format="json")
+        one_off=True, log_format="json", workers=3, cpus=(2,), poll_us=None)
 
 
 def test_command_line_wins_over_the_file(file):
@@ -213,6 +217,11 @@ def test_device_table_written_otherwise(file, text):
      "--socket-group means nothing with an inherited socket; leave it out"),
     (["--fd", "3", "--client"], "--client means nothing with an inherited socket; leave it out"),
     (["--fd", "3", "--log-level", "loud"], "--log-level loud: must be one of debug, info, warning, error"),
+    (["--fd", "3", "--workers", "guest"], "--workers guest: must be device, pair, direction or a number from 1 to 64"),
+    (["--fd", "3", "--workers", "0"], "--workers 0: must be device, pair, direction or a number from 1 to 64"),
+    (["--fd", "3", "--cpus", "2,2"], "--cpus 2,2: must be numbers of processors, each once: 2,3 ([2, 3] in a file)"),
+    (["--fd", "3", "--cpus", "2-3"], "--cpus 2-3: must be numbers of processors, each once: 2,3 ([2, 3] in a file)"),
+    (["--fd", "3", "--poll-us", "ever"], "--poll-us ever: must be microseconds from 0 (off) to 1000000, or always"),
     (["--fd", "3", "--ready-fd", "3"], "descriptor 3 is given twice; each use needs one of its own"),
     (["--fd", "3", "--port", "tap:fd=3"], "descriptor 3 is given twice; each use needs one of its own"),
     (["--device", "socket=/a", "--device", "socket=/a"],

@@ -17,7 +17,9 @@ from vdev.testing.arrival import Arrival, PostcopyFrontEnd
 from vdev.testing.netdriver import NetHeader
 from vdev.testing.scripted import ScriptedGuest
 from vdev.testing.served import FRAME, ServedDevice, both_ways, receive
+from vdev.testing.waiting import wait_until
 from vdev.userfault import PATH, UserfaultSource
+from vdev.workers import Workers
 from vhost_user.codec import encode
 from vhost_user.errors import Disconnected
 from vhost_user.frontend import FrontEnd, RequestRefused, SharedRegion
@@ -31,12 +33,20 @@ LONG = FRAME + bytes(range(256)) * 64  # over more pages than the rings lie in
 
 
 @pytest.fixture
-def served():
+def pool():
+    """One worker for all devices that are given it."""
+    return Workers(1)
+
+
+@pytest.fixture
+def served(request, pool):
+    """A device; in a test that uses ``pool``, one of its."""
     try:
         UserfaultSource().close()
     except OSError as error:
         pytest.skip(f"{PATH} cannot be used: {error.strerror}")
-    with ServedDevice(postcopy=True) as device:
+    shared = "pool" in request.function.__code__.co_varnames
+    with ServedDevice(postcopy=True, workers=pool if shared else None) as device:
         yield device
 
 
@@ -121,6 +131,27 @@ def test_GET_VRING_BASE_is_answered_when_the_page_has_come(served, connect, queu
     guest.withheld.clear()
     assert VRING_STATE.decode(front_end.receive().payload).index == queue
     assert guest.come() == 0
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_devices_with_the_same_worker_run_while_a_page_is_missing(served, connect, pool, ends):
+    with ServedDevice(workers=pool) as other, ScriptedGuest(other.connect()) as quick:
+        both_ways(other, quick)
+        guest = connect()
+        worker_without_a_page(served, guest, "buffer")
+        both_ways(other, quick)
+        if ends == "well":
+            guest.withheld.clear()
+            assert guest.come() == 0
+            served.port.wire[0].send(NetHeader().pack() + FRAME)
+            wait_until(lambda: served.device.stats()[1].frames == 2, "no frame arrives")
+        else:
+            guest.close()
+            served.wait_for("session-end")
+            with ScriptedGuest(served.connect()) as another:
+                both_ways(served, another)
+        both_ways(other, quick)
+        assert served.device.engine.abandoned == other.device.engine.abandoned == 0
 
 
 @pytest.mark.parametrize("page_of", ["ring", "buffer"])

@@ -2,12 +2,12 @@
 
 from types import SimpleNamespace
 
-from vdev.traffic import between, sentence
+from vdev.traffic import between, cycles, sentence
 
 
 def reading(frames: int, **dropped: int) -> SimpleNamespace:
     return SimpleNamespace(frames=frames, bytes=100 * frames, gso_frames=frames // 2, kicks=3, calls=4,
-                           dropped=dropped)
+                           cycles=700 * frames, dropped=dropped)
 
 
 def test_counts_are_those_since_the_first_reading():
@@ -21,3 +21,4 @@ def test_counts_are_those_since_the_first_reading():
     }
     assert sentence(counts) == ("from guest 2 frames, 200 bytes, 6 dropped (bad_header 2, bad_chain 4); "
                                 "to guest 7 frames, 700 bytes, none dropped")
+    assert cycles(before, after) == {"from_guest": 1400, "to_guest": 4900}

@@ -169,7 +169,7 @@ def _cpus(value: Any) -> tuple[int, ...]:
     except ValueError:
         found = ()
     if not found or len(set(found)) < len(found):
-        raise ValueError("must be numbers of different processors, e.g. 2,3 ([2, 3] in a file)")
+        raise ValueError("must be numbers of processors, each once: 2,3 ([2, 3] in a file)")
     return found
 
 

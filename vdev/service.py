@@ -278,11 +278,13 @@ class Service:
             self._log.bug("session-failed", "closing a session", exception)
         session.sock.close()
         self._watch_device()
-        counts = traffic.between(session.counters, self._device.stats())
+        counters = self._device.stats()
+        counts = traffic.between(session.counters, counters)
         seconds = time.monotonic() - session.since
         self._log.peer(level, "session-end" if session.heard else "probe",
                        f"session over after {seconds:.1f} s: {reason}; {traffic.sentence(counts)}",
-                       peer_pid=session.pid, reason=reason, seconds=round(seconds, 3), **counts)
+                       peer_pid=session.pid, reason=reason, seconds=round(seconds, 3),
+                       cycles=traffic.cycles(session.counters, counters), **counts)
         self._vacant(used=session.heard)
 
     def _vacant(self, used: bool) -> None:

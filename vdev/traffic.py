@@ -12,6 +12,7 @@ class FlowStats(Protocol):
     gso_frames: int
     kicks: int
     calls: int
+    cycles: int
     dropped: Mapping[str, int]  # reason -> frames
 
 
@@ -32,6 +33,13 @@ def _difference(before: FlowStats, after: FlowStats) -> dict[str, Any]:
     lost = {reason: frames - before.dropped.get(reason, 0) for reason, frames in after.dropped.items()}
     counts["dropped"] = {reason: frames for reason, frames in lost.items() if frames}
     return counts
+
+
+def cycles(before: Reading, after: Reading) -> dict[str, int]:
+    """What moving those frames took, by direction: ticks of this machine's time stamp counter, so they are no part of
+    the counts, which may travel."""
+    return {name: now.cycles - then.cycles
+            for name, then, now in zip(("from_guest", "to_guest"), before, after, strict=True)}
 
 
 def added(one: Counts, other: Counts) -> Counts:
