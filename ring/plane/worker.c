@@ -34,6 +34,20 @@
 #define LOOK_NS 2000
 #define STEPS 8       /* the least budget above 0 is this part of the most */
 
+static bool given_up(const struct pump *p)
+{
+    return __atomic_load_n(&p->given_up, __ATOMIC_ACQUIRE);
+}
+
+/* Have the control thread told what it has to know. */
+static void report(struct lane *l)
+{
+    if (l->news) {
+        l->news = false;
+        signal_descriptor(l->report);
+    }
+}
+
 /* --------------------------------------------------------------------------------------- mailbox */
 
 static void call_once(struct flow_config *flow, bool *due, struct flow_stats *stats)
@@ -70,6 +84,7 @@ static int attach(struct pump *p, struct lane *l)
 static void detach(struct pump *p, struct lane *l)
 {
     look_at_resting(l, true); /* whoever has the ring next finds it as if we had slept */
+    report(l);
     unwatch(p, &l->kick_from_guest);
     unwatch(p, &l->kick_to_guest);
     unwatch(p, &l->port_in);
@@ -184,15 +199,11 @@ static bool descriptors_are_due(const struct pump *p)
 {
     const struct polling *y = &p->polling;
 
-    return !y->on || y->now - y->last_wait >= LOOK_NS || __atomic_load_n(&p->verb, __ATOMIC_RELAXED) != NOTHING;
+    return !y->on || y->now - y->last_wait >= LOOK_NS || given_up(p) ||
+           __atomic_load_n(&p->verb, __ATOMIC_RELAXED) != NOTHING;
 }
 
 /* ---------------------------------------------------------------------------------------- rounds */
-
-static bool given_up(const struct pump *p)
-{
-    return __atomic_load_n(&p->given_up, __ATOMIC_ACQUIRE);
-}
 
 static bool is_kickless(const struct flow_config *flow)
 {
@@ -219,10 +230,7 @@ static void serve(struct pump *p, struct lane *l, struct outcome *round)
     watch_ports(p, l);
     round->left |= l->work != 0;
     round->kickless |= kickless_from || kickless_to;
-    if (l->news) {
-        l->news = false;
-        signal_descriptor(l->report);
-    }
+    report(l);
 }
 
 /* Serve every lane that has work. -> how long the next wait may block, in ms; -1: for ever. */
