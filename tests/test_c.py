@@ -34,7 +34,8 @@ def items() -> Iterator[object]:
     for flavour, programs in PROGRAMS.items():
         for program in programs:
             for name in names_in(HERE / f"{program}.c"):
-                yield pytest.param(flavour, program, name, id=f"{flavour.name}-{program}-{name}")
+                yield pytest.param(flavour, program, name, id=f"{flavour.name}-{program}-{name}",
+                                   marks=pytest.mark.xdist_group(flavour.name))  # which shares its objects
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,7 @@ def test_every_program_is_run() -> None:
     assert {path.stem for path in HERE.glob("*.c")} == {name for names in PROGRAMS.values() for name in names}
 
 
+@pytest.mark.xdist_group(GCC.name)
 @pytest.mark.parametrize("program", sorted({program for programs in PROGRAMS.values() for program in programs}))
 def test_every_test_of_a_program_is_run(builder: Builder, program: str) -> None:
     """What is found in the source is what the program has."""

@@ -75,6 +75,7 @@ def installed(room: Path, wheel: Path) -> Path:
     return room / "venv" / "bin"
 
 
+@pytest.mark.xdist_group("wheel")
 def test_sdist_holds_what_it_takes_to_build_and_test(sdist: Path, tree: Path) -> None:
     there = {path.relative_to(sdist) for path in sdist.rglob("*") if path.is_file()}
     wanted = {path.relative_to(tree) for path in tree.rglob("*")
@@ -82,6 +83,7 @@ def test_sdist_holds_what_it_takes_to_build_and_test(sdist: Path, tree: Path) ->
     assert not wanted - there
 
 
+@pytest.mark.xdist_group("wheel")
 def test_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if name.startswith("ring/_core.") and name.endswith(".so")]
@@ -93,6 +95,7 @@ def test_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     assert not [name for name in names if name.endswith((".c", ".h", ".inl"))]
 
 
+@pytest.mark.xdist_group("wheel")
 def test_metadata(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     metadata = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode()
@@ -100,12 +103,14 @@ def test_metadata(wheel: Path) -> None:
     assert f"Version: {PROJECT['version']}" in metadata
 
 
+@pytest.mark.xdist_group("wheel")
 def test_installed_command_works_without_the_source(installed: Path, tmp_path: Path) -> None:
     done = run(installed / "vdev", "--print-capabilities", cwd=tmp_path)
     assert json.loads(done.stdout) == {"type": "net"}
     assert run(installed / "vdev", "--version", cwd=tmp_path).stdout.split() == ["vdev", PROJECT["version"]]
 
 
+@pytest.mark.xdist_group("wheel")
 @pytest.mark.parametrize("chosen", [QUICK, pytest.param(("test_*.py",), marks=pytest.mark.long)], ids=["some", "all"])
 def test_wheel_passes_the_unit_tests_from_an_empty_directory(installed: Path, sdist: Path, tmp_path: Path,
                                                              chosen: tuple[str, ...]) -> None:
@@ -122,6 +127,7 @@ def test_wheel_passes_the_unit_tests_from_an_empty_directory(installed: Path, sd
     assert not results["failed"]
 
 
+@pytest.mark.xdist_group("editable")
 def test_editable_install(room: Path, tree: Path) -> None:
     """The second way in, and the extension built into the tree follows its sources."""
     venv.create(room / "editable", with_pip=True)
