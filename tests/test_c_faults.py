@@ -176,3 +176,23 @@ MISCALCULATED = {
 def test_miscalculation_is_found(builder: Builder, name: str) -> None:
     done = builder.run(FAST, "arithmetic", name, fault=MISCALCULATED[name])
     assert done.returncode == 1 and "arithmetic.c:" in done.stderr, f"{done.returncode}\n{done.stdout}{done.stderr}"
+
+
+OFFLOADS = {
+    "sum_of_any_length_from_anywhere": Fault("plane/checksum.c", "plus_at", "odd ?", "odd && part > UINT32_MAX ?"),
+    "N01_N02_checksum_of_every_start_and_place": Fault(
+        "plane/checksum.c", "offload_checksum", "csum_offset + 2 > given", "csum_offset + 1 > given"),
+    "good_frames_are_cut": Fault("plane/segment.c", "segmenter_next", "s->part = s->size", "(void)0"),
+    "N08_frames_of_every_length": Fault(
+        "plane/segment.c", "read_transport", "s->transport + length > r->have", "0"),
+    "N08_headers_longer_than_what_is_looked_at": Fault(
+        "plane/segment.c", "segmenter_start", "smaller(smaller(given, length), OFFLOAD_HEADERS)",
+        "smaller(given, length)"),
+}
+
+
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_careless_offload_is_found(builder: Builder, name: str) -> None:
+    done = builder.run(GCC, "offload", name, fault=OFFLOADS[name])
+    assert done.returncode == 1 and "/c/" in done.stderr or found_fault(done), \
+        f"ended with {done.returncode}\n{done.stdout}{done.stderr}"

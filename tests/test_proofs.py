@@ -33,9 +33,13 @@ EVA = ("-c11", "-machdep", "gcc_x86_64", "-inline-calls", ",".join(INLINED), "-e
        "-eva-auto-loop-unroll", "100", "-eva-alloc-builtin", "fresh", "-eva-msg-key=-initial-state,-final-states")
 # Relations between two integers: that what is left of a length is the length less a part. They cost time.
 RELATIONS = ("-eva-domains", "octagon")
+# What is known of a header once it was read.
+READING = ("-inline-calls", "+read_ethernet,+read_ipv4,+read_ipv6,+read_transport,+read_checksum,+end_datagram,+plan,"
+                            "+segmenter_start")
 PROOFS = {
     "log": RELATIONS,
     "memory": RELATIONS,
+    "offload": READING,
     "setup": RELATIONS,
     "verbs_packed": (),
     "verbs_split": (),
@@ -109,6 +113,13 @@ MISTAKES = {
         "core/walk.inl", "walk_enter", " || entries > q->table_limit", "")),
     "ring_part_over_the_end_of_a_region": ("memory", Fault(
         "core/guestmem.c", "guestmem_uva", "len <= r->size - (uva - r->uva)", "len <= r->size")),
+    # offload.c
+    "extension_behind_what_is_given": ("offload", Fault(
+        "plane/segment.c", "read_ipv6", "if (at > r->have)\n            return OFFLOAD_E_HEADERS;", "")),
+    "tcp_header_behind_what_is_given": ("offload", Fault(
+        "plane/segment.c", "read_transport", "s->length > r->have ?", "s->length > s->end ?")),
+    "checksum_one_byte_behind_the_frame": ("offload", Fault(
+        "plane/checksum.c", "offload_checksum", "csum_offset + 2 > given", "csum_offset + 1 > given")),
     # setup.c
     "ring_part_nowhere": ("setup", Fault("core/virtqueue.c", "resolve", " || !out->used", "")),
     "event_field_forgotten": ("setup", Fault(

@@ -22,7 +22,8 @@ uint64_t sum_bytes(const uint8_t *at, uint64_t length)
     }
     for (; length >= 8; at += 8, length -= 8)
         a = sum_plus(a, word(at));
-    memcpy(&rest, at, length);
+    if (length)
+        memcpy(&rest, at, length);
     return sum_plus(sum_plus(a, b), sum_plus(sum_plus(c, d), rest));
 }
 

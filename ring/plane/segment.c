@@ -149,6 +149,8 @@ static int read_ipv6(struct segmenter *s, struct reading *r)
             r->routed = true;
         next_at = at;
         at += IPV6_UNIT * (1u + s->header[at + 1]);
+        if (at > r->have)
+            return OFFLOAD_E_HEADERS;
         if (r->protocol != PROTOCOL_DESTINATION) { /* RFC 8200, 4.5: what stands before every fragment */
             s->repeated = at;
             r->next_at = next_at;
@@ -171,15 +173,13 @@ static int read_transport(struct segmenter *s, const struct reading *r)
         length = (header[12] >> 4) * 4u;
         if (length < TCP_HEADER)
             return OFFLOAD_E_TRANSPORT;
-        if (s->transport + length > r->have)
-            return OFFLOAD_E_HEADERS;
         s->sequence = get32(header + 4);
         s->tcp_flags = header[TCP_FLAGS];
     } else if (get16(header + 4) != s->end - s->transport) {
         return OFFLOAD_E_TRANSPORT;
     }
     s->length = s->transport + length;
-    return OFFLOAD_OK;
+    return s->length > r->have ? OFFLOAD_E_HEADERS : OFFLOAD_OK;
 }
 
 static uint32_t checksum_at(const struct segmenter *s)
@@ -215,7 +215,8 @@ static void insert_fragment_header(struct segmenter *s, const struct reading *r,
 {
     uint8_t *at = s->header + s->repeated;
 
-    memmove(at + IPV6_UNIT, at, s->length - s->repeated);
+    for (uint32_t i = s->length; i > s->repeated; i--)
+        s->header[i - 1 + IPV6_UNIT] = s->header[i - 1];
     at[0] = s->header[r->next_at];
     at[1] = 0;
     put32(at + 4, id);
@@ -236,12 +237,12 @@ static int plan(struct segmenter *s, const struct reading *r, uint8_t kind, uint
     if (gso_size == 0 || (kind == GSO_UDP && s->end - uncounted > IP_LENGTH_MAX))
         return OFFLOAD_E_SIZE;
     if (!s->fragments) {
-        s->size = s->part = kind == GSO_UDP ? payload : gso_size;
+        s->size = s->part = gso_size;
         s->left = payload ? (payload - 1) / s->size + 1 : 1;
         return s->length + smaller(s->size, payload) - uncounted > IP_LENGTH_MAX ? OFFLOAD_E_SIZE : OFFLOAD_OK;
     }
-    s->size = gso_size - gso_size % IPV6_UNIT;
-    if (s->size < in_first) /* RFC 7112: all headers in the first one */
+    s->size = gso_size / IPV6_UNIT * IPV6_UNIT;
+    if (s->size == 0 || s->size < in_first) /* RFC 7112: all headers in the first one */
         return OFFLOAD_E_SIZE;
     s->part = s->size - in_first;
     s->left = (datagram - 1) / s->size + 1;

@@ -209,6 +209,9 @@ TEST(N08_headers_longer_than_what_is_looked_at)
         uint8_t *block = exactly(frame, transport + 20 + PAYLOAD);
         int count = cut(&f.header, block, transport + 20 + PAYLOAD);
         CHECK_EQ(count, transport + 20 <= OFFLOAD_HEADERS ? (PAYLOAD + 69) / 70 : OFFLOAD_E_HEADERS);
+        struct segmenter *s = malloc(sizeof(*s)); /* the same where more is given */
+        CHECK_EQ(segmenter_start(s, &f.header, block, transport + 20 + PAYLOAD, transport + 20 + PAYLOAD, 0), count);
+        free(s);
         free(block);
     }
 }

@@ -27,6 +27,7 @@
 #define _Thread_local
 #define __builtin_expect(value, usually) (value)
 #define __builtin_add_overflow(a, b, sum) (*(sum) = (a) + (b), *(sum) < (a))
+#define __builtin_bswap16(value) ((uint16_t)((value) << 8 | (value) >> 8))
 #define MAP_NORESERVE 0
 #define MADV_DONTDUMP 0
 int madvise(void *at, size_t length, int advice);
