@@ -27,7 +27,7 @@ from vdev.testing.oversized import (
     random_whole,
 )
 
-ROUNDS = 30
+ROUNDS = 20
 LINK = Ether(src=MACS[0], dst=MACS[1])
 IPV4 = IP(src=ADDRESSES[4][0], dst=ADDRESSES[4][1])
 IPV6 = IPv6(src=ADDRESSES[6][0], dst=ADDRESSES[6][1])
@@ -56,7 +56,7 @@ def test_segments_are_scapys(kind: str) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", KINDS)
 def test_segments_are_scapys_long(kind: str) -> None:
-    for seed in range(ROUNDS, 5000):
+    for seed in range(ROUNDS, 500):
         assert_cut_as_by_scapy(kind, seed)
 
 
@@ -97,7 +97,7 @@ def test_padding_is_left_out_and_no_ip_length_means_all() -> None:
 
 def test_checksums_are_scapys() -> None:
     rng = random.Random(1)
-    for _ in range(200):
+    for _ in range(100):
         packet = random_whole(rng)
         start, offset, unfinished = partial(packet)
         assert complete_checksum(unfinished, start, offset) == bytes(packet) != unfinished

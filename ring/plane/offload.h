@@ -10,7 +10,7 @@
  */
 
 /* A frame's headers, from Ethernet to the end of TCP's or UDP's, end within so many bytes, or it is not segmented. It
- * is enough for two VLAN tags, IPv6 with 120 bytes of extension headers, and TCP with all options it can have. */
+ * is enough for two VLAN tags, IPv6 with 128 bytes of extension headers, and TCP with all options it can have. */
 #define OFFLOAD_HEADERS 256
 /* The longest header of a segment: an IPv6 fragment header may have come in. */
 #define SEGMENT_HEADER_MAX 264
