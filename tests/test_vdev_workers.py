@@ -11,6 +11,7 @@ from vdev import engine
 from vdev.errors import Failure
 from vdev.net.features import Feature, mask
 from vdev.testing.daemon import Daemon
+from vdev.testing.netns import Namespace, why_no_tap
 from vdev.testing.process import ProcessDied
 from vdev.testing.scripted import ScriptedGuest
 from vdev.testing.served import FRAME, ServedDevice, WirePort, both_ways
@@ -277,3 +278,25 @@ def test_front_end_is_heard_while_the_workers_always_poll(tmp_path):
         for _ in range(10):
             assert guest.exchange(FRAME) == FRAME
             assert guest.front_end.get_features()
+
+
+@pytest.mark.parametrize("options", [["--workers", "direction"], ["--workers", "direction", "--poll-us", "50"],
+                                     ["--workers", "1", "--poll-us", "always"]])
+def test_tap_with_a_worker_for_each_direction_comes_back(tmp_path, options):
+    """Both have the same descriptor, and either may be the first to see it go."""
+    if reason := why_no_tap():
+        pytest.skip(reason)
+    path = str(tmp_path / "vm.sock")
+    arp = bytes.fromhex("ffffffffffff 525400123456 0806 0001 0800 06 04 0001 525400123456 0a090002"
+                        "000000000000 0a090001")
+    with Namespace() as lan, Daemon(["--socket-path", path, "--port", "tap:vdevw,ip=10.9.0.1/24", *options],
+                                    namespace=lan) as daemon, ScriptedGuest.connect(path) as guest:
+        def host_answers() -> bool:
+            guest.driver.transmit(arp)
+            frames = iter(lambda: guest.driver.receive_within(10).frame, None)
+            return any(frame[12:14] == arp[12:14] and frame[20:22] == b"\0\2" for frame in frames)
+
+        for times in range(3):
+            wait_until(lambda: len(daemon.events("port-back")) == times, daemon.child.log)  # noqa: B023
+            assert host_answers()
+            lan.run(["ip", "link", "del", "vdevw"])
