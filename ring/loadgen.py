@@ -68,6 +68,9 @@ class LoadGenerator:
     one receive buffer, without the net header. batch: frames made visible at once. pieces: descriptors of
     a frame (2 or more: the header has its own). indirect: in an indirect table. busy_poll: never sleep.
     full: write or check whole bodies. stall_ms: give up after so long without progress (0: never).
+    interval_ns: send a batch each so many nanoseconds, 0: as fast as the device takes them. partner: with an
+    interval, a receiver that is never started itself and outlives this one: the sender's thread takes its
+    frames between two of its own, and ``partner.latencies()`` tells how long they took.
     header: the 12-byte virtio_net_hdr sent. prefix: 14 to 64 bytes every frame begins with.
 
     Raises ValueError for numbers that make no sense together, OutOfGuestMemory when buffers do not fit.
@@ -75,7 +78,8 @@ class LoadGenerator:
 
     def __init__(self, queue: DriverQueue, role: Role, *, frames: int = 0, frame_bytes: int = 1514,
                  batch: int = 32, pieces: int = 1, indirect: bool = False, busy_poll: bool = False,
-                 full: bool = True, stall_ms: int = 10_000, header: bytes = bytes(12),
+                 full: bool = True, stall_ms: int = 10_000, interval_ns: int = 0,
+                 partner: "LoadGenerator | None" = None, header: bytes = bytes(12),
                  prefix: bytes = ETHERNET_PREFIX) -> None:
         if len(header) != 12 or not 14 <= len(prefix) <= 64:
             raise ValueError(f"the header has {len(header)} bytes (12 wanted), "
@@ -88,7 +92,9 @@ class LoadGenerator:
             "role": role, "size": queue.ring.size, "base": queue.base, "features": queue.features,
             "kick": queue.kick_fd, "call": queue.call_fd, "frames": frames, "frame_bytes": frame_bytes,
             "batch": batch, "pieces": pieces, "indirect": indirect, "busy_poll": busy_poll, "full": full,
-            "stall_ms": stall_ms, "header": header, "prefix": prefix, "prefix_bytes": len(prefix)})
+            "stall_ms": stall_ms, "interval_ns": interval_ns,
+            "partner": partner._handle if partner else ffi.NULL,
+            "header": header, "prefix": prefix, "prefix_bytes": len(prefix)})
         area_bytes = lib.driver_area_bytes(config)
         if not area_bytes:
             raise ValueError(f"{frames} frames of {frame_bytes} bytes, {pieces} descriptors each, in batches "
@@ -135,6 +141,13 @@ class LoadGenerator:
         lib.driver_stats_get(self._handle, c)
         return LoadStats(c.frames, c.bytes, c.lost, c.foreign, c.buffers, c.publications, c.kicks, c.calls,
                          c.sleeps, {name: c.errors[i] for i, name in enumerate(ERRORS) if c.errors[i]})
+
+    def latencies(self) -> dict[int, int]:
+        """As a partner: nanoseconds (a little less than they were: the beginning of a class, each a sixteenth wide) ->
+        how many frames took so long; ever growing."""
+        counts = ffi.new("uint64_t[]", lib.DRIVER_LATENCIES)
+        lib.driver_latencies_get(self._handle, counts)
+        return {lib.driver_latency_ns(index): n for index, n in enumerate(counts) if n}
 
     def close(self) -> None:
         """Stop, and give the memory back. Idempotent. The device must have let go of the queue."""

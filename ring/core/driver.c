@@ -1,4 +1,5 @@
-/* The load generator: a driver as a thread. The contract is driver.h, the ring's half driver_ring.inl.
+/* The load generator: a driver as a thread. The contract is driver.h, the ring's half driver_ring.inl, times and paces
+ * driver_pace.inl.
  *
  * What it checks is the driver's side of each promise the device makes: order, lengths, every chain back
  * exactly once, a notification whenever one is due. A lost kick shows as DRIVER_E_STALL, a lost call as
@@ -11,6 +12,7 @@
 #include <sys/eventfd.h>
 
 #include "driver_ring.inl"
+#include "driver_pace.inl"
 
 #define FEATURE_MRG_RXBUF 15
 #define NUM_BUFFERS 10 /* offset of that field in the header, 5.1.6 */
@@ -82,6 +84,7 @@ static void check_frame(struct driver *d, const uint8_t *frame, uint32_t length)
     else if (stamp.sequence < d->sequence)
         error(d, DRIVER_E_ORDER);
     else {
+        note_arrival(d, stamp.sequence);
         count(&d->stats.lost, stamp.sequence - d->sequence);
         d->sequence = stamp.sequence + 1;
         if (c->full && !body((uint8_t *)frame + before, length - before, stamp.sequence, false)) {
@@ -90,49 +93,6 @@ static void check_frame(struct driver *d, const uint8_t *frame, uint32_t length)
         }
         count(&d->stats.frames, 1);
         count(&d->stats.bytes, length);
-    }
-}
-
-/* --------------------------------------------------------------------------------------- transmit */
-
-/* Take back everything used. -> false: the ring is nonsense. */
-static bool reclaim(struct driver *d, int n)
-{
-    for (; n > 0; n--) {
-        uint32_t written;
-        int64_t slot = take_used(d, &written);
-        if (slot < 0)
-            return false;
-        if (written != 0) {
-            error(d, DRIVER_E_LENGTH);
-            return false;
-        }
-        give_slot(d, (uint32_t)slot);
-        count(&d->stats.frames, 1);
-        count(&d->stats.bytes, d->config.frame_bytes);
-    }
-    return n == 0;
-}
-
-static void transmit(struct driver *d)
-{
-    while (d->left > 0 || d->outstanding > 0) {
-        for (uint32_t i = 0; i < d->config.batch && d->left > 0 && d->free_count > 0; i++) {
-            uint32_t slot = take_slot(d);
-            make_frame(d, buffer(d, slot));
-            offer(d, slot);
-            d->left--;
-        }
-        submit(d);
-        int n = pending(d);
-        if (n < 0 || !reclaim(d, n) || stopped(d))
-            return;
-        if (n > 0 || (d->left > 0 && d->free_count > 0))
-            continue;
-        /* Nothing to do before something is used: sleep until half of it is, or all at the end. */
-        uint32_t wanted = d->left > 0 ? (d->outstanding + 1) / 2 : d->outstanding;
-        if (!wait_used(d, (uint16_t)wanted))
-            return;
     }
 }
 
@@ -179,22 +139,115 @@ static bool received_all(const struct driver *d)
     return d->config.frames && d->sequence >= d->config.frames;
 }
 
-static void receive(struct driver *d)
+static void post_all(struct driver *d)
 {
     while (d->free_count > 0)
         offer(d, take_slot(d));
     submit(d);
+}
+
+/* Take up to a batch of the frames in `n` pending chains, and post their buffers again. -> false: nonsense. */
+static bool receive_batch(struct driver *d, int n)
+{
+    for (uint32_t done = 0; n > 0 && done < d->config.batch; done++) {
+        int taken = receive_frame(d, n);
+        if (taken < 0)
+            return false;
+        n -= taken;
+    }
+    submit(d);
+    return true;
+}
+
+static void receive(struct driver *d)
+{
+    post_all(d);
     while (!received_all(d) && !stopped(d)) {
         int n = pending(d);
-        if (n < 0 || (n == 0 && !wait_used(d, 1)))
+        if (n < 0 || (n == 0 && !wait_used(d, 1)) || !receive_batch(d, n))
             return;
-        for (uint32_t done = 0; n > 0 && done < d->config.batch; done++) {
-            int taken = receive_frame(d, n);
-            if (taken < 0)
-                return;
-            n -= taken;
+    }
+}
+
+/* As a partner: take what is there and ask to be called for more. -> false: nonsense. */
+static bool receive_some(struct driver *d)
+{
+    int n = pending(d);
+
+    if (n <= 0)
+        return n == 0;
+    take_calls(d);
+    do
+        if (!receive_batch(d, n))
+            return false;
+    while ((n = want_calls(d, 1)) > 0);
+    return n == 0;
+}
+
+/* --------------------------------------------------------------------------------------- transmit */
+
+/* Take back everything used. -> false: the ring is nonsense. */
+static bool reclaim(struct driver *d, int n)
+{
+    for (; n > 0; n--) {
+        uint32_t written;
+        int64_t slot = take_used(d, &written);
+        if (slot < 0)
+            return false;
+        if (written != 0) {
+            error(d, DRIVER_E_LENGTH);
+            return false;
+        }
+        give_slot(d, (uint32_t)slot);
+        count(&d->stats.frames, 1);
+        count(&d->stats.bytes, d->config.frame_bytes);
+    }
+    return n == 0;
+}
+
+/* Wait until the next batch is due. -> false: it never will be. */
+static bool pace(struct driver *d)
+{
+    const struct driver_config *c = &d->config;
+    uint64_t now;
+
+    if (c->interval_ns == 0)
+        return true;
+    do
+        if (stopped(d) || (c->partner && !receive_some(c->partner)))
+            return false;
+    while ((now = now_ns()) < d->due);
+    d->due = (now - d->due > CATCH_UP_NS ? now : d->due) + c->interval_ns;
+    return true;
+}
+
+static void transmit(struct driver *d)
+{
+    if (d->config.partner) {
+        post_all(d->config.partner);
+        if (want_calls(d->config.partner, 1) < 0)
+            return;
+    }
+    while (d->left > 0 || d->outstanding > 0) {
+        if (!pace(d))
+            return;
+        for (uint32_t i = 0; i < d->config.batch && d->left > 0 && d->free_count > 0; i++) {
+            uint32_t slot = take_slot(d);
+            note_sending(d);
+            make_frame(d, buffer(d, slot));
+            offer(d, slot);
+            d->left--;
         }
         submit(d);
+        int n = pending(d);
+        if (n < 0 || !reclaim(d, n) || stopped(d))
+            return;
+        if (n > 0 || d->config.interval_ns > 0 || (d->left > 0 && d->free_count > 0))
+            continue;
+        /* Nothing to do before something is used: sleep until half of it is, or all at the end. */
+        uint32_t wanted = d->left > 0 ? (d->outstanding + 1) / 2 : d->outstanding;
+        if (!wait_used(d, (uint16_t)wanted))
+            return;
     }
 }
 
@@ -245,7 +298,9 @@ static bool sensible(const struct driver_config *c)
            slots(c) > 0 && c->frame_bytes <= FRAME_MAX &&
            (is_packed(c) ? (c->base & 0x7fff) < c->size : (c->size & (c->size - 1)) == 0) &&
            c->prefix_bytes >= 14 && c->prefix_bytes <= sizeof(c->prefix) && c->frame_bytes >= c->pieces &&
-           (c->role == DRIVER_RECEIVE || c->frame_bytes >= c->prefix_bytes + sizeof(struct stamp));
+           (c->role == DRIVER_RECEIVE || c->frame_bytes >= c->prefix_bytes + sizeof(struct stamp)) &&
+           (!c->partner || (c->role == DRIVER_TRANSMIT && c->interval_ns > 0 &&
+                            c->partner->config.role == DRIVER_RECEIVE));
 }
 
 uint64_t driver_area_bytes(const struct driver_config *config)
@@ -285,7 +340,7 @@ struct driver *driver_new(const struct driver_config *config)
     d->frame = malloc(FRAME_MAX);
     d->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     d->ended = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (!d->free_slots || !d->busy || !d->name || !d->slot_of || !d->frame || d->stop < 0 || d->ended < 0) {
+    if (!take_partner(config->partner) || !d->free_slots || !d->busy || !d->name || !d->slot_of || !d->frame || d->stop < 0 || d->ended < 0) {
         driver_free(d);
         errno = ENOMEM;
         return NULL;
@@ -352,6 +407,8 @@ void driver_free(struct driver *d)
     free(d->name);
     free(d->slot_of);
     free(d->frame);
+    free(d->sent_at);
+    free(d->latency);
     free(d);
 }
 

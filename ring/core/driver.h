@@ -31,6 +31,8 @@ enum driver_error {
     DRIVER_ERRORS = 10
 };
 
+struct driver;
+
 struct driver_config {
     int32_t role;        /* enum driver_role */
     uint32_t size;       /* descriptors; of a split ring a power of two */
@@ -52,12 +54,17 @@ struct driver_config {
     int32_t busy_poll;   /* never sleep, ask for no calls */
     int32_t full;        /* write, or check, the whole body */
     uint32_t stall_ms;
+    uint32_t interval_ns;   /* sent: from one batch to the next; 0: as fast as the device takes them */
+    struct driver *partner; /* sent with an interval: a receiving driver that is not started itself, or NULL. This thread
+                             * takes its frames while it waits, asks for calls as a driver does that sleeps, and notes
+                             * how long each frame was on its way */
     uint8_t header[12];  /* the virtio_net_hdr that is sent */
     uint8_t prefix[64];
     uint32_t prefix_bytes; /* 14 to 64 */
 };
 
 #define DRIVER_PIECES_MAX 16
+#define DRIVER_LATENCIES 1024
 
 /* Only ever grow; may be read while the thread runs. */
 struct driver_stats {
@@ -73,8 +80,6 @@ struct driver_stats {
     uint64_t errors[10];   /* by enum driver_error */
 };
 
-struct driver;
-
 /* Bytes of guest memory for the buffers (and indirect tables) of this configuration. */
 uint64_t driver_area_bytes(const struct driver_config *config);
 /* -> NULL with errno EINVAL: a number out of its range, or a frame too short for prefix and stamp; ENOMEM. */
@@ -86,6 +91,11 @@ int driver_wait(struct driver *d, int timeout_ms);
 /* Ask the thread to end, and wait until it has. What is outstanding stays with the device. */
 void driver_stop(struct driver *d);
 void driver_stats_get(const struct driver *d, struct driver_stats *out);
+/* A partner's: how many frames were on their way for how long, in classes that grow with the time; `out` has
+ * DRIVER_LATENCIES counts. All zero for a driver that is nobody's partner. */
+void driver_latencies_get(const struct driver *d, uint64_t *out);
+/* -> nanoseconds with which that class begins; each is at most a sixteenth longer than that. */
+uint64_t driver_latency_ns(uint32_t index);
 /* Stops it first. */
 void driver_free(struct driver *d);
 /* Digest of the C sources this module was built from: a stale build is detected by comparing. */

@@ -73,6 +73,9 @@ struct driver {
     uint32_t batch_written; /* what it says of the last */
     uint32_t batch_slot;
     uint8_t *frame; /* a received frame put together */
+    uint64_t due;       /* when the next batch is to be sent; by now_ns() */
+    uint64_t *sent_at;  /* [SENT_AT] a partner's: when the frames of the latest sequence numbers were sent... */
+    uint64_t *latency;  /* [DRIVER_LATENCIES] ...and how long frames took */
 
     pthread_t thread;
     bool running;
@@ -90,13 +93,15 @@ static void error(struct driver *d, enum driver_error what)
     count(&d->stats.errors[what], 1);
 }
 
-static uint64_t now_ms(void)
+static uint64_t now_ns(void)
 {
     struct timespec t;
 
     clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
 }
+
+static uint64_t now_ms(void) { return now_ns() / 1000000; }
 
 /* ---------------------------------------------------------------------------------------- slots */
 
