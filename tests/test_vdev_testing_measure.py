@@ -2,7 +2,7 @@
 
 import pytest
 
-from vdev.testing.measure import MeasurementError, PingReport, TcpReport, parse_ping
+from vdev.testing.measure import MeasurementError, PingReport, TcpReport, parse_ping, round_trips
 
 BUSYBOX = """\
 PING 10.0.0.1 (10.0.0.1): 56 data bytes
@@ -46,6 +46,12 @@ def test_answers_are_told_apart_by_number(text: str, report: PingReport, lost: i
 def test_a_ping_without_summary_is_an_error_with_its_words() -> None:
     with pytest.raises(MeasurementError, match="bad address 'nowhere'"):
         parse_ping("ping: bad address 'nowhere'\n", 3)
+
+
+def test_round_trips_are_the_times_of_the_answers() -> None:
+    assert round_trips(IPUTILS) == [0.036, 0.078, 22.0] and round_trips(BUSYBOX) == [0.56, 13.418]
+    with pytest.raises(MeasurementError, match="100% packet loss"):
+        round_trips(SILENCE)
 
 
 def test_megabits() -> None:

@@ -64,6 +64,14 @@ def parse_ping(text: str, count: int) -> PingReport:
     return PingReport(count, tuple(unanswered), *(map(float, times.groups()) if times else (None,) * 3))
 
 
+def round_trips(text: str) -> list[float]:
+    """The times in the output of busybox's or iputils' ping, in milliseconds. Raises MeasurementError without any."""
+    times = [float(time) for time in re.findall(r"time=([\d.]+) ms", text)]
+    if not times:
+        raise MeasurementError(f"ping gave no times: {text.strip()}")
+    return times
+
+
 def ping_from_guest(guest: LinuxGuest, address: str, count: int, interval: float = 0.01,
                     size: int = 56) -> PingReport:
     """Ping ``address`` from inside the guest."""
