@@ -2,10 +2,11 @@
  * and a driver that fills the ring, in one thread and in turn. So nothing but the device's own work is measured: no
  * waiting, no other processor's caches, no system call. Each ring has its journal, as in a daemon.
  *
- *     bench_rings ROUNDS    one line a sample: SHAPE FORMAT CYCLES, the time of one burst divided by its frames
+ *     rings ROUNDS    one line a sample: SHAPE FORMAT CYCLES, the time of one burst divided by its frames
  *
  * The formats take turns within a round. A round in which this thread was taken off its processor is left out.
- * Built by tools/bench with the flags of the extension module. It knows the C core from inside, like tests/c.
+ * Built by tools/bench (ring_formats.py) with the flags of the extension module. It knows the C core from inside, like
+ * tests/c.
  */
 #define _GNU_SOURCE
 #include <stdio.h>
@@ -55,7 +56,7 @@ static void must(bool holds, const char *what)
 {
     if (holds)
         return;
-    fprintf(stderr, "bench_rings: %s failed\n", what);
+    fprintf(stderr, "rings: %s failed\n", what);
     exit(1);
 }
 
