@@ -5,15 +5,18 @@ and step calls on them raise QueueBusy.
 """
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import IntFlag
 
 from ring.build import ffi, lib
 from ring.errors import QueueBusy, error
+from ring.fabric import Member
 from ring.virtqueue import VirtQueue, guard
 
 # enum drop_reason, as the names are printed
-DROP_REASONS = ("bad_chain", "bad_header", "bad_length", "disabled", "port", "no_port", "too_small", "offload", "null")
+DROP_REASONS = ("bad_chain", "bad_header", "bad_length", "disabled", "port", "no_port", "too_small", "offload", "null",
+                "filtered", "no_receiver", "busy", "no_buffers", "stopped")
 
 DETACH_TIMEOUT_MS = 100
 ATTACH_TIMEOUT_MS = 1000
@@ -32,6 +35,9 @@ SYSCALLS = {
     "poll": "a call descriptor that would block",
     "ppoll": "the same, on machines without poll",
     "futex": "commands and their answers",
+    "sched_yield": "a receiveq of a switch that another worker is filling",
+    "clock_nanosleep": "the same, for longer",
+    "nanosleep": "the same, of older libcs",
 }
 
 
@@ -61,10 +67,12 @@ class Flow:
 
 @dataclass
 class LaneConfig:
-    """What a lane does; see struct lane_config in plane/pump.h for the units."""
+    """What a lane does; see struct lane_config in plane/pump.h for the units. member: None, or of a switch."""
 
     from_guest: Flow = field(default_factory=Flow)
     to_guest: Flow = field(default_factory=Flow)
+    member: Member | None = None
+    door: int = -1
     to_port: int = -1
     from_port: int = -1
     port_header: int = 12
@@ -73,6 +81,12 @@ class LaneConfig:
     mtu: int = 0
     watch_kicks: bool = False
     features: int = 0
+
+
+def _added(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    """The sum of frames dropped, by reason."""
+    return {reason: one.get(reason, 0) + other.get(reason, 0) for reason in DROP_REASONS
+            if reason in one or reason in other}
 
 
 @dataclass(frozen=True)
@@ -92,13 +106,16 @@ class FlowStats:
     cycles: int = 0  # the step engine counts none
 
     def __add__(self, other: "FlowStats") -> "FlowStats":
-        reasons = self.dropped.keys() | other.dropped.keys()
-        dropped = {reason: self.dropped.get(reason, 0) + other.dropped.get(reason, 0)
-                   for reason in DROP_REASONS if reason in reasons}
+        dropped = _added(self.dropped, other.dropped)
         return FlowStats(self.frames + other.frames, self.bytes + other.bytes, self.gso_frames + other.gso_frames,
                          dropped, self.bad_chains + other.bad_chains, self.kicks + other.kicks,
                          self.calls + other.calls, self.calls_saved + other.calls_saved, self.bursts + other.bursts,
                          self.cycles + other.cycles)
+
+
+    def and_lost(self, lost: Mapping[str, int]) -> "FlowStats":
+        """The same with frames that were lost elsewhere, by reason."""
+        return replace(self, dropped=_added(self.dropped, lost))
 
 
 def _flow_stats(c) -> FlowStats:
@@ -125,7 +142,8 @@ class Lane:
     def configure(self, config: LaneConfig) -> None:
         """Set what the lane does. Raises QueueBusy while it is attached."""
         c = ffi.new("struct lane_config *")
-        for name in ("to_port", "from_port", "port_header", "max_frame", "gso_size_min", "mtu", "watch_kicks",
+        c.member = ffi.NULL if config.member is None else config.member.handle
+        for name in ("door", "to_port", "from_port", "port_header", "max_frame", "gso_size_min", "mtu", "watch_kicks",
                      "features"):
             setattr(c, name, getattr(config, name))
         for flow, to in ((config.from_guest, c.from_guest), (config.to_guest, c.to_guest)):

@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-CONTRACTS = ("core/ring.h", "plane/pump.h", "plane/offload.h")  # the cffi definition, in this order
+# the cffi definition, in this order
+CONTRACTS = ("core/ring.h", "plane/fabric.h", "plane/pump.h", "plane/offload.h")
 INCLUDED = ("core/include.h", "plane/include.h")  # the same, as C sees them
 COMPILER_FLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fno-strict-aliasing", "-ftls-model=initial-exec",
                   "-pthread")

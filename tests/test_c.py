@@ -22,9 +22,10 @@ if not sources.compiled(RING):
     pytest.skip("no C sources here: the package is installed, not checked out", allow_module_level=True)
 
 PROGRAMS = {
-    GCC: ("arithmetic", "budget", "dirty", "enumerate", "guestmem", "mutate", "offload", "pump", "rings", "workers"),
+    GCC: ("arithmetic", "budget", "dirty", "enumerate", "guestmem", "mutate", "offload", "pump", "rings", "switch",
+          "workers"),
     CLANG: ("dirty", "guestmem", "mutate", "offload", "pump", "rings", "workers"),
-    THREADS: ("dirty", "pump", "workers"),
+    THREADS: ("dirty", "pump", "switch", "workers"),
     FAST: ("arithmetic", "dirty", "litmus"),
 }
 

@@ -196,3 +196,24 @@ def test_careless_offload_is_found(builder: Builder, name: str) -> None:
     done = builder.run(GCC, "offload", name, fault=OFFLOADS[name])
     assert done.returncode == 1 and "/c/" in done.stderr or found_fault(done), \
         f"ended with {done.returncode}\n{done.stdout}{done.stderr}"
+
+
+DOORS = {
+    "two_inside": Fault("plane/fabric.c", "enter_alone", "__atomic_load_n(&d->users, __ATOMIC_RELAXED) == 0 &&\n"
+                        "            __atomic_compare_exchange_n(&d->users, &nobody, 1, false, __ATOMIC_SEQ_CST, "
+                        "__ATOMIC_RELAXED)", "__atomic_fetch_add(&d->users, 1, __ATOMIC_SEQ_CST) + nobody < 9"),
+    "shut_too_soon": Fault("plane/fabric.c", "lane_shut", "__atomic_load_n(&d->users, __ATOMIC_SEQ_CST); i++",
+                           "i < 0; i++"),
+}
+
+
+@pytest.mark.parametrize("name, fault", [
+    ("two_to_one_split", DOORS["two_inside"]),
+    ("detached_under_traffic_packed", DOORS["shut_too_soon"]),
+], ids=DOORS)
+def test_a_door_that_does_not_hold_is_a_data_race(builder: Builder, name: str, fault: Fault) -> None:
+    for _ in range(5):
+        done = builder.run(THREADS, "switch", name, fault=fault)
+        if done.returncode:
+            break
+    assert found_fault(done) and "ThreadSanitizer: data race" in done.stderr

@@ -1,7 +1,7 @@
 /*
  * What both directions of the fd pump need: making used entries visible, counting what is lost, telling
  * the end of a port from the loss of a frame. Part of pump_split.c and pump_packed.c, each of which has said
- * which micro-steps RING(verb) means.
+ * which micro-steps RING(verb) means; and of uplink.c, which has no rings.
  */
 #pragma once
 
@@ -17,6 +17,7 @@ static inline void break_queue(struct lane *l, const struct flow_config *flow, u
         signal_descriptor(flow->err);
 }
 
+#ifdef RING
 /* Make what was pushed visible, and notify the driver if it asked for that. */
 static inline void publish(struct vq *q, const struct flow_config *flow, struct flow_stats *stats)
 {
@@ -50,6 +51,7 @@ static void look(struct lane *l, uint32_t direction, bool ask)
     if (q->broken)
         break_queue(l, flow, sends ? LANE_FROM_GUEST_BROKEN : LANE_TO_GUEST_BROKEN);
 }
+#endif
 
 static inline void port_lost(struct lane *l)
 {

@@ -2,5 +2,6 @@
 #pragma once
 
 #include "../core/include.h"
+#include "fabric.h"
 #include "pump.h"
 #include "offload.h"

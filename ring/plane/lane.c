@@ -1,7 +1,7 @@
 /* The contract of a lane: what a caller may do with one that it has, and read of any. */
 #include <stdlib.h>
 
-#include "lane.h"
+#include "batch.h"
 
 struct lane *lane_new(int report)
 {
@@ -20,8 +20,10 @@ struct lane *lane_new(int report)
 
 void lane_free(struct lane *l)
 {
-    if (l)
+    if (l) {
         free(l->filled);
+        free(l->batch);
+    }
     free(l);
 }
 
@@ -41,6 +43,11 @@ int lane_configure(struct lane *l, const struct lane_config *config)
             return RING_E_NOMEM;
         l->filled = more;
         l->filled_room = q->size;
+    }
+    if (config->member && !l->batch) {
+        l->batch = calloc(1, sizeof(*l->batch) + (config->from_port < 0 ? 0 : UPLINK_ROOM));
+        if (!l->batch)
+            return RING_E_NOMEM;
     }
     /* A signal may have gone to the old descriptor in the meantime: the driver is called once more. */
     l->call_from_guest |= call_changed(&l->config.from_guest, &config->from_guest);

@@ -33,13 +33,25 @@ struct source {
     bool kick;
 };
 
+struct batch;
+
+/* What a sender is doing at a receiveq of a switch. It belongs to whoever is inside the lane's door, as the queue and
+ * to_guest's counters do. */
+struct delivery {
+    const struct batch *batch;
+    uint64_t left;          /* bits: frames that are neither delivered nor counted as lost */
+    uint32_t slots, pieces; /* popped for the frame in hand; pieces: in lane.pieces + 1 */
+    bool waiting;           /* for a translation, until the lane is attached anew */
+    uint32_t fragment_id;   /* of the last datagram that was cut into fragments */
+};
+
 struct lane {
     struct lane_config config;
     struct lane_stats stats;
     uint32_t events; /* enum lane_event, atomic */
     struct pump *attached; /* NULL: the caller's */
     int report;            /* an eventfd: there are events */
-    bool news;             /* an event that was not reported yet */
+    bool news;             /* atomic: an event that was not reported yet */
 
     uint32_t work;
     uint32_t resting; /* enum work bits of the rings at rest: an empty transmitq, a receiveq without enough buffers */
@@ -66,6 +78,11 @@ struct lane {
     struct filled *filled; /* [queue size] */
     uint32_t filled_room;
 
+    /* at a switch */
+    struct batch *batch;      /* of the sender */
+    int gathered;             /* enum burst: how its last one ended */
+    struct delivery delivery; /* to the receiver */
+
     struct piece pieces[RING_PIECES_MAX + 3]; /* a private header before, a private tail behind */
     uint8_t room[FRAME_ROOM];
 };
@@ -77,6 +94,10 @@ struct directions {
     /* `direction` (enum work) is at rest: is there more than it knew of? Then it has work. Kicks are asked for before,
      * or no longer. */
     void (*look)(struct lane *l, uint32_t direction, bool ask);
+    void (*gather)(struct lane *l); /* the three steps of fabric.c */
+    void (*deliver)(struct lane *l);
+    void (*settle)(struct lane *l);
+    void (*take_back)(struct lane *l); /* instead of the rest of deliver, when the sender's memory vanished */
 };
 extern const struct directions split_directions, packed_directions;
 
@@ -93,7 +114,8 @@ static inline void lane_event(struct lane *l, uint32_t event)
 {
     uint32_t before = __atomic_fetch_or(&l->events, event, __ATOMIC_RELAXED);
 
-    l->news |= !(before & event);
+    if (!(before & event))
+        __atomic_store_n(&l->news, true, __ATOMIC_RELAXED);
 }
 
 /* A chain was met whose translation is missing, and given back: leave its direction alone until the lane is attached
@@ -104,5 +126,17 @@ static inline void lane_wait(struct lane *l, uint32_t direction)
     lane_event(l, LANE_MISS);
 }
 
+/* Let senders at a switch in, and out for good: by the worker that the lane is attached to. */
+void lane_open(struct lane *l);
+void lane_shut(struct lane *l);
+
 /* Signal an eventfd or pipe without ever blocking on its other side. */
 void signal_descriptor(int fd);
+
+/* Tell the control thread what it does not know yet of the lane's events: the lane's worker, or a sender inside its
+ * door. */
+static inline void lane_report(struct lane *l)
+{
+    if (unlikely(__atomic_load_n(&l->news, __ATOMIC_RELAXED)) && __atomic_exchange_n(&l->news, false, __ATOMIC_RELAXED))
+        signal_descriptor(l->report);
+}

@@ -34,9 +34,18 @@ enum drop_reason {
     DROP_PORT = 4,          /* the port refused the frame (link down, EINVAL, short write) */
     DROP_NO_PORT = 5,       /* the port is gone */
     DROP_TOO_SMALL = 6,     /* the guest's buffers are too small for the frame */
-    DROP_OFFLOAD = 7,       /* the frame needs an offload the guest did not negotiate */
+    DROP_OFFLOAD = 7,       /* the frame needs an offload the guest did not negotiate; not at a switch */
     DROP_NULL = 8,          /* the port is null: */
-    DROP_REASONS = 9
+    /* A switch (fabric.h). Those of the sender: what is left over went to the switch. */
+    DROP_FILTERED = 9,      /* no switch forwards it: from a group address, to a bridge, or to where it came from */
+    DROP_NO_RECEIVER = 10,  /* no other member of the switch is up */
+    /* Those of a receiver: each frame that a sender counts as gone to the switch is, for every member that was to get
+     * it, either a frame to the guest or lost for one of these reasons, or one of the older ones. One that is cut into
+     * segments for the receiver counts there as so many; one that cannot be cut is a DROP_BAD_HEADER. */
+    DROP_BUSY = 11,         /* others were sending to the same receiveq for too long */
+    DROP_NO_BUFFERS = 12,   /* the guest has posted too few buffers, or the uplink takes no more for now */
+    DROP_STOPPED = 13,      /* the receiveq stands still: paused, broken, or it waits for a translation */
+    DROP_REASONS = 14
 };
 
 /* One direction's counters since the lane was made; only ever grow. */
@@ -44,7 +53,7 @@ struct flow_stats {
     uint64_t frames;
     uint64_t bytes;          /* without the net header */
     uint64_t gso_frames;
-    uint64_t dropped[9];     /* by enum drop_reason */
+    uint64_t dropped[14];    /* by enum drop_reason */
     uint64_t bad_chains;     /* returned with length 0 because they broke a rule */
     uint64_t kicks;          /* wake-ups by the driver */
     uint64_t calls;          /* notifications sent to the driver */
@@ -83,6 +92,11 @@ struct flow_config {
 struct lane_config {
     struct flow_config from_guest; /* transmitq */
     struct flow_config to_guest;   /* receiveq */
+    struct member *member;         /* of a switch, to which frames from the guest go and from which those to it come;
+                                    * to_port and from_port are -1 then, or the queues NULL: an uplink, whose
+                                    * from_guest is what was read and whose to_guest is what was written.
+                                    * NULL: no switch */
+    int32_t door;                  /* of the member: where to_guest is found; -1: it gets nothing */
     int32_t to_port;               /* descriptor written, -1: discard */
     int32_t from_port;             /* descriptor read, -1: nothing comes */
     uint32_t port_header;

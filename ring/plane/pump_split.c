@@ -4,5 +4,7 @@
 #define RING(verb) split_##verb
 #include "from_guest.inl"
 #include "to_guest.inl"
+#include "forward.inl"
+#include "deliver.inl"
 
-const struct directions split_directions = {from_guest, to_guest, look};
+const struct directions split_directions = {from_guest, to_guest, look, gather, deliver, settle, take_back};

@@ -1,6 +1,6 @@
 /* Serving one direction of a lane: is there anything to serve, by which ring format, and the fence around it -
  * the SIGBUS guard, and what follows when guest memory vanishes. */
-#include "lane.h"
+#include "batch.h"
 
 /* Run one direction under the guard. A function of its own: a jump lands here and meets no changed local. */
 static __attribute__((noinline)) void guarded(struct lane *l, void (*direction)(struct lane *))
@@ -57,13 +57,43 @@ static uint64_t dealt_with(const struct flow_stats *stats)
     return sum;
 }
 
+/* From the guest to a switch: fabric.c tells the steps. */
+static void forward(struct lane *l, const struct directions *steps)
+{
+    for (int i = 0; i < BURSTS && l->work & WORK_FROM_GUEST; i++) {
+        guarded(l, steps->gather);
+        if (l->memory_gone)
+            fabric_discard(l->batch);
+        else
+            l->memory_gone = !fabric_deliver(l);
+        if (l->memory_gone)
+            return;
+        guarded(l, steps->settle);
+    }
+}
+
+static bool serve_uplink(struct lane *l)
+{
+    struct flow_stats *stats = &l->stats.from_guest;
+    uint64_t before = dealt_with(stats), begun = time_stamp();
+
+    uplink_read(l);
+    if (dealt_with(stats) == before)
+        return false;
+    stats->cycles += time_stamp() - begun;
+    return true;
+}
+
 static bool serve(struct lane *l, struct vq *q, struct flow_stats *stats, void (*direction)(struct lane *),
                   uint32_t written)
 {
     uint64_t before = dealt_with(stats), begun = time_stamp();
 
     stats->bursts++;
-    guarded(l, direction);
+    if (l->config.member)
+        forward(l, directions_of(q));
+    else
+        guarded(l, direction);
     after(l, q, written);
     if (dealt_with(stats) == before)
         return false;
@@ -88,7 +118,9 @@ bool serve_to_guest(struct lane *l)
     const struct flow_config *flow = &l->config.to_guest;
 
     l->resting &= ~(uint32_t)WORK_TO_GUEST;
-    if (!flow->enabled || l->config.from_port < 0 || l->waiting & WORK_TO_GUEST || !can_serve(l, flow)) {
+    if (l->config.member && l->config.from_port >= 0 && !l->port_gone)
+        return serve_uplink(l);
+    if (l->config.member || !flow->enabled || l->config.from_port < 0 || l->waiting & WORK_TO_GUEST || !can_serve(l, flow)) {
         l->work &= ~(uint32_t)WORK_TO_GUEST;
         return false;
     }

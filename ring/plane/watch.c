@@ -62,8 +62,9 @@ void watch_kick(struct pump *p, struct source *s, int fd)
 void watch_ports(struct pump *p, struct lane *l)
 {
     const struct lane_config *c = &l->config;
-    bool wants_in = !l->port_gone && !l->memory_gone && !l->starved && !(l->waiting & WORK_TO_GUEST) &&
-                    c->to_guest.enabled && c->to_guest.queue && !c->to_guest.queue->broken;
+    bool wants_in = !l->port_gone && (c->member || (!l->memory_gone && !l->starved && !(l->waiting & WORK_TO_GUEST) &&
+                                                    c->to_guest.enabled && c->to_guest.queue &&
+                                                    !c->to_guest.queue->broken));
     bool wants_out = !l->port_gone && l->blocked;
 
     if (c->from_port >= 0 && c->from_port == c->to_port) {

@@ -39,15 +39,6 @@ static bool given_up(const struct pump *p)
     return __atomic_load_n(&p->given_up, __ATOMIC_ACQUIRE);
 }
 
-/* Have the control thread told what it has to know. */
-static void report(struct lane *l)
-{
-    if (l->news) {
-        l->news = false;
-        signal_descriptor(l->report);
-    }
-}
-
 /* --------------------------------------------------------------------------------------- mailbox */
 
 static void call_once(struct flow_config *flow, bool *due, struct flow_stats *stats)
@@ -78,13 +69,15 @@ static int attach(struct pump *p, struct lane *l)
     l->waiting = l->resting = 0;
     l->work = WORK_FROM_GUEST | WORK_TO_GUEST; /* look once without a kick */
     watch_ports(p, l);
+    lane_open(l);
     return RING_OK;
 }
 
 static void detach(struct pump *p, struct lane *l)
 {
+    lane_shut(l);
     look_at_resting(l, true); /* whoever has the ring next finds it as if we had slept */
-    report(l);
+    lane_report(l);
     unwatch(p, &l->kick_from_guest);
     unwatch(p, &l->kick_to_guest);
     unwatch(p, &l->port_in);
@@ -230,7 +223,7 @@ static void serve(struct pump *p, struct lane *l, struct outcome *round)
     watch_ports(p, l);
     round->left |= l->work != 0;
     round->kickless |= kickless_from || kickless_to;
-    report(l);
+    lane_report(l);
 }
 
 /* Serve every lane that has work. -> how long the next wait may block, in ms; -1: for ever. */

@@ -1,0 +1,161 @@
+/* From a switch to the guest: the frames of a sender's batch into one receiveq, for one ring format.
+ *
+ * It runs in the sender's worker, inside the door of the lane. Chains are popped until the frame fits, its bytes
+ * copied from the sender's pieces, and the header written last. What has been popped for the frame in hand is noted in
+ * the lane before the sender's memory is touched, for that can vanish: see take_back.
+ */
+#include "batch.h"
+
+/* Copy `length` bytes that lie in `from` behind the room for the header of `to`; both have as many. */
+static void copy_frame(const struct piece *to, const struct piece *from, uint64_t length)
+{
+    uint64_t skip = NET_HEADER;
+
+    while (to->len <= skip)
+        skip -= (to++)->len;
+    uint8_t *at = to->base + skip;
+    uint64_t room = to->len - skip;
+    const uint8_t *source = from->base;
+    uint64_t there = from->len;
+    for (;;) {
+        uint64_t part = room < there ? room : there;
+        if (part >= length) {
+            memcpy(at, source, length);
+            return;
+        }
+        memcpy(at, source, part);
+        length -= part;
+        at += part;
+        source += part;
+        if (!(room -= part)) {
+            at = (++to)->base;
+            room = to->len;
+        }
+        if (!(there -= part)) {
+            source = (++from)->base;
+            there = from->len;
+        }
+    }
+}
+
+/* Deliver one frame, of which `header` is fit for this guest, or count it as lost. */
+static void place(struct lane *l, struct vq *q, struct net_header *header, const struct piece *pieces, uint64_t length)
+{
+    struct flow_stats *stats = &l->stats.to_guest;
+    struct delivery *d = &l->delivery;
+    struct intake in = {0};
+    int status = take_chains(l, q, &in, NET_HEADER + length);
+
+    if (unlikely(q->broken))
+        return count_drop(stats, DROP_STOPPED);
+    if (unlikely(in.capacity < NET_HEADER + length)) {
+        bool never = in.chains == q->size || status == RING_E_PIECES ||
+                     (in.chains && !(l->config.features >> NET_F_MRG_RXBUF & 1));
+        give_back(q, &in);
+        if (status == RING_E_MISS) {
+            d->waiting = true;
+            lane_event(l, LANE_MISS);
+            return count_drop(stats, DROP_STOPPED);
+        }
+        return count_drop(stats, never ? DROP_TOO_SMALL : DROP_NO_BUFFERS);
+    }
+    d->slots = in.slots;
+    d->pieces = in.pieces;
+    __asm__ volatile("" ::: "memory"); /* noted, whatever becomes of the copy */
+    copy_frame(l->pieces + 1, pieces, length);
+    wrote_pieces(q, l->pieces + 1, in.pieces, NET_HEADER, length);
+    complete(l, q, &in, header, length);
+    d->slots = d->pieces = 0;
+}
+
+/* The same, if it is not too long for the guest. `head`: HEAD_BYTES that begin it. */
+static void place_fitting(struct lane *l, struct vq *q, struct net_header *header, const uint8_t *head,
+                          const struct piece *pieces, uint64_t length)
+{
+    struct piece begins = {(uint8_t *)head, HEAD_BYTES};
+
+    if (unlikely(length > l->config.max_frame || above_mtu(l, header, &begins, 1, length)))
+        return count_drop(&l->stats.to_guest, DROP_BAD_LENGTH);
+    place(l, q, header, pieces, length);
+}
+
+/* Cut the frame, which lies in l->room, into segments that need nothing of the guest. */
+static void deliver_segments(struct lane *l, struct vq *q, const struct frame *f)
+{
+    struct delivery *d = &l->delivery;
+    struct segmenter s;
+    struct segment part;
+
+    d->fragment_id += 0x9E3779B1u; /* odd: another one each time, and the next one not at sight */
+    if (segmenter_start(&s, &f->header, l->room, f->length, f->length, d->fragment_id) < 0)
+        return count_drop(&l->stats.to_guest, DROP_BAD_HEADER);
+    while (!q->broken && !d->waiting && segmenter_next(&s, &part)) {
+        struct piece pieces[2] = {{(uint8_t *)part.header, part.header_length},
+                                  {l->room + part.payload_at, part.payload_length}};
+        struct offload_sum sum = {0};
+        struct net_header header = {0};
+        offload_sum_add(&sum, l->room + part.sum_at, part.sum_length);
+        segmenter_seal(&s, &sum);
+        place_fitting(l, q, &header, f->head, pieces, part.header_length + part.payload_length);
+    }
+}
+
+/* A frame that is too much for this receiver: what it did not negotiate is made up for, in a private copy. */
+static __attribute__((noinline)) void deliver_made_up(struct lane *l, struct vq *q, const struct frame *f)
+{
+    const struct net_header *h = &f->header;
+    struct piece piece = {l->room, f->length};
+    struct net_header header = {0};
+
+    pieces_copy(f->pieces, f->count, 0, l->room, f->length, false);
+    __asm__ volatile("" ::: "memory"); /* decide on this copy, not on a second read of its source */
+    if (h->gso_type)
+        return deliver_segments(l, q, f);
+    if (offload_checksum(l->room, f->length, NULL, h->csum_start, h->csum_offset) < 0)
+        return count_drop(&l->stats.to_guest, DROP_BAD_HEADER);
+    place_fitting(l, q, &header, f->head, &piece, f->length);
+}
+
+static void deliver_frame(struct lane *l, struct vq *q, const struct frame *f)
+{
+    struct net_header header = f->header;
+
+    if (unlikely(header_to_guest(&header, l->config.features)))
+        return deliver_made_up(l, q, f);
+    place_fitting(l, q, &header, f->head, f->pieces, f->length);
+}
+
+static void deliver(struct lane *l)
+{
+    const struct flow_config *flow = &l->config.to_guest;
+    struct delivery *d = &l->delivery;
+    struct vq *q = flow->queue;
+
+    if (unlikely(q->gap.there)) /* a part of the ring that somebody else completed is passed over here */
+        RING(arm)(q);
+    RING(disarm)(q);
+    l->stats.to_guest.bursts++;
+    while (d->left) {
+        const struct frame *f = &d->batch->frames[__builtin_ctzll(d->left)];
+        if (unlikely(q->broken || d->waiting))
+            count_drop(&l->stats.to_guest, DROP_STOPPED);
+        else
+            deliver_frame(l, q, f);
+        d->left &= d->left - 1;
+    }
+    publish(q, flow, &l->stats.to_guest);
+    if (unlikely(q->broken))
+        break_queue(l, flow, LANE_TO_GUEST_BROKEN);
+}
+
+/* The sender's memory vanished in the middle: the frame in hand was never there, and those before it arrive. */
+static void take_back(struct lane *l)
+{
+    const struct flow_config *flow = &l->config.to_guest;
+    struct delivery *d = &l->delivery;
+    struct vq *q = flow->queue;
+
+    wrote_pieces(q, l->pieces + 1, d->pieces, 0, UINT64_MAX); /* how far the copy came is not known */
+    RING(unpop)(q, d->slots);
+    publish(q, flow, &l->stats.to_guest);
+}
