@@ -19,7 +19,7 @@ ID = re.compile(r"\b[PRNF]\d{2,3}\b")
 def promises() -> list[tuple[str, str]]:
     """(promise, what holds it): the rows of the tables that have these two columns."""
     tables = re.findall(r"^\| promised \| held by \|\n\|---\|---\|\n((?:\|.*\|\n)+)", PAGE.read_text(), re.MULTILINE)
-    assert len(tables) == 4
+    assert len(tables) == 5
     return [tuple(cell.strip() for cell in line.strip("|").split(" | ")) for table in tables
             for line in table.splitlines()]
 

@@ -169,7 +169,7 @@ def test_capabilities_as_json_and_text(capfd):
     assert found["type"] == "net"
     assert {"MRG_RXBUF", "EVENT_IDX", "VERSION_1", "MQ", "HOST_USO"} <= set(found["features"])
     assert {"REPLY_ACK", "STATUS", "CONFIGURE_MEM_SLOTS"} <= set(found["protocol_features"])
-    assert set(found["ports"]) == {"tap", "responder", "loopback", "null"}
+    assert set(found["ports"]) == {"tap", "switch", "responder", "loopback", "null"}
     assert "RING_PACKED" in found["features"] and found["rings"] == ["split", "packed"]
     _, text, _ = call(capfd, "capabilities")
     assert "max queue pairs: 128\n" in text

@@ -27,7 +27,7 @@ from vdev.listen import PATH_MAX
 from vdev.logs import FORMATS, LEVELS
 from vdev.net.offer import PERSONALITIES
 from vdev.options import OptionError, pairs, split
-from vdev.ports.spec import PortSpec, TapSpec, parse_port, take_port
+from vdev.ports.spec import PortSpec, SwitchSpec, TapSpec, parse_port, switch_name, take_port
 
 # SET_VRING_KICK and its kin carry the ring's index in 8 bits (vhost-user, "VHOST_USER_SET_VRING_KICK")
 QUEUE_PAIRS_MAX = 128
@@ -69,6 +69,14 @@ class DeviceConfig:
 
 
 @dataclass(frozen=True)
+class UplinkConfig:
+    """A port that is a member of the switch ``switch``."""
+
+    switch: str
+    port: PortSpec
+
+
+@dataclass(frozen=True)
 class DaemonConfig:
     """The process. one_off: end after one session of each device. sandbox: see vdev/sandbox.py. upgrade_path: where a
     successor may ask for everything; upgrade_from: where this one asks. Only then there may be no devices: they are
@@ -85,6 +93,7 @@ class DaemonConfig:
     workers: str | int = SPREADS[0]
     cpus: tuple[int, ...] = ()
     poll_us: int | None = 0
+    uplinks: tuple[UplinkConfig, ...] = ()
 
 
 # --------------------------------------------------------------------------------------- converters
@@ -180,6 +189,23 @@ def _poll_us(value: Any) -> int | None:
         raise ValueError(f"must be microseconds from 0 (off) to {POLL_US_MAX}, or always") from None
 
 
+def _uplinks(value: Any) -> tuple[UplinkConfig, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError('must be a list of texts, e.g. ["lan=tap:vdev0"]')
+    return tuple(map(_uplink, value))
+
+
+def _uplink(text: str) -> UplinkConfig:
+    where = f"--uplink {text}"
+    name, equals, port = text.partition("=")
+    if not equals:
+        raise OptionError(f"{where}: must be NAME=PORT, the name of a switch and a TAP, e.g. lan=tap:vdev0")
+    spec = parse_port(port, where)
+    if not isinstance(spec, TapSpec):
+        raise OptionError(f"{where}: an uplink is a TAP, {TapSpec.USAGE}")
+    return UplinkConfig(switch_name(name, where), spec)
+
+
 _descriptor = _integer(0, (1 << 20) - 1)  # the kernel's own limit for one process, fs.nr_open
 queue_pairs = _integer(1, QUEUE_PAIRS_MAX)
 
@@ -211,6 +237,7 @@ PROCESS_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "workers": ("workers", _workers),
     "cpus": ("cpus", _cpus),
     "poll-us": ("poll_us", _poll_us),
+    "uplink": ("uplinks", _uplinks),
 }
 
 # of those, what makes sense for one start only
@@ -311,7 +338,8 @@ def build(process: dict[str, Any], shared: dict[str, Any], single: dict[str, Any
     defaults = {DEVICE_KEYS[key][0]: settings.pop(DEVICE_KEYS[key][0])
                 for key in SHARED_KEYS if DEVICE_KEYS[key][0] in settings}
     found = _devices(reader, tables, defaults, list(passed))
-    _check_together(reader, found, settings.get("ready_fd"), settings.get("upgrade_path"))
+    _check_together(reader, found, settings)
+    _check_switches(reader, found, settings)
     if reader.errors:
         raise Misuse(*reader.errors)
     return DaemonConfig(devices=tuple(found), **settings)
@@ -354,14 +382,31 @@ def _refuse(reader: _Reader, table: _Table, keys: Iterable[str], reason: str) ->
                       for key in keys if key in table.values]
 
 
-def _check_together(reader: _Reader, devices: list[DeviceConfig], ready_fd: int | None,
-                    upgrade_path: str | None) -> None:
+def _check_together(reader: _Reader, devices: list[DeviceConfig], settings: dict[str, Any]) -> None:
     """What is fine for each device and wrong for all of them: two claim the same thing."""
+    upgrade_path, ready_fd = settings.get("upgrade_path"), settings.get("ready_fd")
+    ports = [device.port for device in devices] + [uplink.port for uplink in settings.get("uplinks", ())]
     claims = [("name", device.name) for device in devices]
     sockets = [device.socket_path for device in devices] + [upgrade_path]
     claims += [("socket", path) for path in sockets if path is not None]
     fds = [device.fd for device in devices] + [ready_fd]
-    fds += [device.port.fd for device in devices if isinstance(device.port, TapSpec)]
+    fds += [port.fd for port in ports if isinstance(port, TapSpec)]
     claims += [("descriptor", fd) for fd in fds if fd is not None]
     for what, value in dict.fromkeys(claim for claim in claims if claims.count(claim) > 1):
         reader.errors.append(f"{what} {value} is given twice; each use needs one of its own")
+
+
+def _check_switches(reader: _Reader, devices: list[DeviceConfig], settings: dict[str, Any]) -> None:
+    """What does not go with a switch."""
+    at_switches = [device for device in devices if isinstance(device.port, SwitchSpec)]
+    reader.errors += [f"{device.name}: postcopy does not go with {device.port}: others would wait for pages that this "
+                      "guest still lacks; leave one of the two out" for device in at_switches if device.postcopy]
+    if at_switches and "upgrade_path" in settings:
+        reader.errors.append(f"--upgrade-path does not go with {at_switches[0].port}: a switch cannot be handed over; "
+                             "leave it out, or join the guests by a bridge of the host")
+    uplinks = settings.get("uplinks", ())
+    if uplinks and "upgrade_from" in settings:
+        reader.errors.append("--uplink does not go with --upgrade-from: a switch cannot be taken over; leave it out")
+    elif not {uplink.switch for uplink in uplinks} <= (names := {device.port.name for device in at_switches}):
+        reader.errors += [f"--uplink {uplink.switch}={uplink.port}: no device is at that switch; give one --port "
+                          f"switch:{uplink.switch}" for uplink in uplinks if uplink.switch not in names]

@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from vdev import listen, notify
 from vdev.config import DaemonConfig, DeviceConfig
@@ -27,10 +28,14 @@ from vdev.loop import Loop
 from vdev.net import offer
 from vdev.net.features import names
 from vdev.ports.base import Port
-from vdev.ports.spec import TapSpec
+from vdev.ports.spec import SwitchSpec, TapSpec
 from vdev.service import Device, Service
 from vdev.sources import Accepting, Connecting, Inherited, Source
 from vdev.workers import Workers, check_cpus
+
+if TYPE_CHECKING:
+    from vdev.ports.switch import Switch
+    from vdev.switches import Switches
 
 # SIGHUP and the user signals ask some daemons to reload or to reopen logs. There is nothing to reload, and a
 # guest's network must not end because a terminal or a log rotation sent one.
@@ -44,9 +49,9 @@ OpenDevice = Callable[[DeviceConfig, EventLog], Device]
 
 
 def _open_device(config: DeviceConfig, log: EventLog, upgradable: bool = False,
-                 workers: Workers | None = None) -> Device:
+                 workers: Workers | None = None, switch: "Callable[[str], Switch] | None" = None) -> Device:
     """The device that ``config`` describes, its port open; upgradable: it can be handed to another process; workers:
-    the daemon's.
+    the daemon's; switch: gives the one of a name.
 
     Raises Failure.
     """
@@ -64,7 +69,8 @@ def _open_device(config: DeviceConfig, log: EventLog, upgradable: bool = False,
 
     maybe_tap = config.port is None or isinstance(config.port, TapSpec)
     try:
-        port = open_port(config.port, config.queue_pairs or (TAP_QUEUE_PAIRS if maybe_tap else 1))
+        joined = switch(config.port.name) if isinstance(config.port, SwitchSpec) else None
+        port = open_port(config.port, config.queue_pairs or (TAP_QUEUE_PAIRS if maybe_tap else 1), joined)
     except PortError as error:
         raise Failure(str(error)) from None
     try:
@@ -103,8 +109,10 @@ class Daemon:
     def __init__(self, config: DaemonConfig, open_device: OpenDevice | None = None):
         self._config = config
         self._workers = Workers.of(config)
-        self._open_device = open_device or partial(_open_device, upgradable=config.upgrade_path is not None,
-                                                   workers=self._workers)
+        self._open_device = open_device or partial(
+            _open_device, upgradable=config.upgrade_path is not None, workers=self._workers,
+            switch=lambda name: self._switches.named(name))
+        self._switches: Switches | None = None  # where no device has a port of one
         self._log = EventLog()
         self._loop = Loop(lambda exception: self._log.bug("internal-error", "serving an event", exception))
         self._serving = 0
@@ -155,6 +163,7 @@ class Daemon:
         if self._config.upgrade_path is not None:
             upgrade = listen.Publication(self._config.upgrade_path, mode=0o600)
             cleanup.callback(upgrade.close)
+        self._open_switches(cleanup)
         logs = [EventLog(config.name) for config in configs]
         devices = []
         for config, log in zip(configs, logs, strict=True):
@@ -173,7 +182,26 @@ class Daemon:
         self._enter_sandbox(devices, [*sockets, upgrade])
         for device in devices:
             _start_workers(device)
+        if self._switches is not None:
+            self._switches.start(self._loop)
         return services
+
+    def _open_switches(self, cleanup: contextlib.ExitStack) -> None:
+        """Open the uplinks, if there are switches. Raises Failure."""
+        if not any(isinstance(config.port, SwitchSpec) for config in self._config.devices):
+            return
+        try:
+            from vdev.ports import PortError
+            from vdev.switches import Switches
+        except ImportError as error:
+            raise Failure(f"vdev is not complete here: {error}") from None
+        self._switches = Switches(self._workers)
+        cleanup.callback(self._switches.close)
+        try:
+            for uplink in self._config.uplinks:
+                self._switches.open_uplink(uplink, self._log)
+        except PortError as error:
+            raise Failure(str(error)) from None
 
     def _enter_sandbox(self, devices: Sequence[Device], listeners: Iterable[object]) -> None:
         """Give up what is not needed from here on. ``listeners``: those that are of class Listener have a path that is
@@ -187,9 +215,10 @@ class Daemon:
         paths = [each.path for each in listeners if isinstance(each, listen.Listener) and each.path is not None]
         paths += [path for device in devices for path in device.files]
         try:
-            pairs = sum(device.port.carries.queue_pairs for device in devices)
+            pairs = sum(device.port.carries.queue_pairs for device in devices) + len(self._config.uplinks)
             more = sum(device.memory_files for device in devices) + self._workers.descriptors(pairs)
             needs = [need for device in devices for need in device.needs]
+            needs += self._switches.needs if self._switches is not None else []
             report = sandbox.enter(pairs, more, [self._workers.needs, *needs], paths)
         except OSError as error:
             raise Failure(f"the sandbox cannot be entered: {error.strerror.lower()}; --sandbox off does without"

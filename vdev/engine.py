@@ -196,15 +196,21 @@ class Engine:
             raise EngineStuck(f"a worker thread did not leave the device: {lost}")
 
     def _resume(self) -> None:
+        member = self.port.member
+        receiving = [pair for pair in range(len(self.rings) // 2)
+                     if self.rings[2 * pair].queue is not None and self.rings[2 * pair].enabled]
+        if member is not None:
+            member.spread(len(receiving))
         for served in self._lanes:
             to_guest, from_guest = self.rings[2 * served.pair], self.rings[2 * served.pair + 1]
             config = LaneConfig(port_header=self.port.carries.header, mtu=self.mtu, watch_kicks=self.watch_kicks,
-                                features=self.features)
+                                features=self.features, member=member)
             ends = self.port.ends(served.pair)
             if served.from_guest:
                 config.from_guest, config.to_port = _flow(from_guest), ends.to_port
             if served.to_guest:
                 config.to_guest, config.from_port = _flow(to_guest), ends.from_port
+                config.door = receiving.index(served.pair) if served.pair in receiving else -1
             served.lane.configure(config)
             if config.from_guest.queue or config.to_guest.queue:
                 try:
@@ -218,6 +224,7 @@ class Engine:
         leave_to_worker(self._lanes, self.rings, self._journal)
         self.drop_journal()
         self._rejoin()
+        self.port.abandoned()
         self.rings = [Ring() for _ in self.rings]
         self._lanes = self._new_lanes()
         self.abandoned += 1
@@ -332,7 +339,7 @@ class Engine:
         totals = both[0]
         for from_guest, to_guest in both[1:]:
             totals = (totals[0] + from_guest, totals[1] + to_guest)
-        return totals
+        return totals[0], totals[1].and_lost(self.port.missed())
 
     def guest_macs(self) -> list[bytes]:
         """Addresses, 6 bytes each, that the guest has sent from since the last call. Raises EngineStuck."""

@@ -30,6 +30,7 @@ ports (SPEC):
 examples:
   vdev --socket-path /tmp/vm.sock --port tap:vm0,ip=10.0.0.1/24
   vdev --device socket=/tmp/a.sock,port=tap:a,bridge=br0 --device socket=/tmp/b.sock,port=tap:b,bridge=br0
+  vdev --device socket=/tmp/a.sock,port=switch:lan --device socket=/tmp/b.sock,port=switch:lan --uplink lan=tap:lan0
   vdev qemu-args /tmp/vm.sock        what to start QEMU with
   vdev --socket-path /tmp/vm.sock --upgrade-path /tmp/vdev.upgrade
   vdev --upgrade-from /tmp/vdev.upgrade        the next version takes over from it
@@ -63,6 +64,8 @@ def parser(prog: str, verbs: str = "") -> Parser:
     device("--socket-group", metavar="GROUP",
            help="group of the socket; auto: the first of libvirt-qemu, qemu, kvm that exists")
     device("--socket-mode", metavar="MODE", help="permissions of the socket in octal (default 0660)")
+    device("--uplink", action="append", metavar="NAME=SPEC",
+           help="join the switch NAME to the host's network by the TAP that SPEC describes; repeatable")
     device("--device", action="append", default=[], metavar="socket=PATH,port=SPEC,...",
            help=f"one device of several; repeatable. Keys: {', '.join(DEVICE_KEYS)}, and those of its port")
 

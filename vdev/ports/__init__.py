@@ -9,7 +9,8 @@ from vdev.ports.base import Port, PortError, PortPart
 from vdev.ports.loopback import Loopback
 from vdev.ports.null import Null
 from vdev.ports.responder import Responder
-from vdev.ports.spec import LoopbackSpec, NullSpec, PortSpec, ResponderSpec, TapSpec, parse_port
+from vdev.ports.spec import LoopbackSpec, NullSpec, PortSpec, ResponderSpec, SwitchSpec, TapSpec, parse_port
+from vdev.ports.switch import Switch, SwitchPort
 from vdev.ports.tap import Tap
 
 __all__ = ["Port", "PortError", "adopt_port", "default_port", "open_port"]
@@ -22,14 +23,19 @@ _KINDS: dict[type[PortSpec], type[Tap | Responder | Loopback | Null]] = {
 }
 
 
-def open_port(spec: PortSpec | None, queue_pairs: int) -> Port:
+def open_port(spec: PortSpec | None, queue_pairs: int, switch: Switch | None = None) -> Port:
     """Open the port ``spec`` describes; None means :func:`default_port`.
 
-    queue_pairs: how many are wanted (1 or more); ``carries.queue_pairs`` tells how many there are.
+    queue_pairs: how many are wanted (1 or more); ``carries.queue_pairs`` tells how many there are. switch: the one
+    that a SwitchSpec names.
     ``notes`` are lines for the log. Raises PortError.
     """
     if spec is None:
         return default_port(queue_pairs)
+    if isinstance(spec, SwitchSpec):
+        if switch is None:
+            raise PortError(f"{spec}: a switch joins the devices of one daemon, and there is none here")
+        return SwitchPort(switch, queue_pairs)
     try:
         return _KINDS[type(spec)].open(spec, queue_pairs)
     except OSError as e:
@@ -44,6 +50,8 @@ def adopt_port(part: PortPart, take: Take) -> Port:
         spec = parse_port(part.spec)
     except OptionError as error:
         raise HandoverError(f"this vdev does not know the port: {error}") from None
+    if isinstance(spec, SwitchSpec):
+        raise HandoverError(f"{spec}: a switch cannot be handed over")
     return _KINDS[type(spec)].adopt(spec, part.state, take)
 
 

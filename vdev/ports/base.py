@@ -7,9 +7,12 @@ so that no Python object ever points into guest memory and back-pressure is the 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vdev.handover import Put
+
+if TYPE_CHECKING:  # the C core, which the command line need not wait for
+    from ring.fabric import Member
 
 VNET_HEADER = 12  # struct virtio_net_hdr_v1, virtio 1.x "Network Device / Device Operation"
 ETHERNET_HEADER = 14
@@ -69,11 +72,13 @@ class Port:
     """Base of all ports. Descriptors stay owned by the port and are closed by :meth:`close`.
 
     notes: lines for the log when the port is taken into use: what was chosen, what is still to be done.
+    member: of the switch that takes the place of descriptors; None for all other ports.
     """
 
     carries: Carries
     needs: Needs = Needs()
     notes: tuple[str, ...] = ()
+    member: "Member | None" = None
 
     def __str__(self) -> str:
         """The port as a person knows it, e.g. ``tap:vdev0``."""
@@ -113,6 +118,13 @@ class Port:
     def lost(self) -> bool:
         """The pump found the port gone (EBADFD). Try to get it back; True when it is usable again."""
         return False
+
+    def missed(self) -> Mapping[str, int]:
+        """Frames for the guest that were lost before a lane counted them, by reason (ring.pump.DROP_REASONS)."""
+        return {}
+
+    def abandoned(self) -> None:
+        """A worker is stuck with a lane of the device: what it may use of the port is its own from now on."""
 
     def export(self, put: Put) -> PortPart:
         """What another process needs to go on with this port (vdev/handover.py): the class of the same spec makes it of

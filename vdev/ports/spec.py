@@ -110,6 +110,33 @@ class LoopbackSpec:
 
 
 @dataclass(frozen=True)
+class SwitchSpec:
+    """A port of the switch ``name``, which all devices of the daemon have that name it."""
+
+    KIND = "switch"
+    USAGE = "switch:NAME"
+    KEYS = ()
+
+    name: str
+
+    @classmethod
+    def parse(cls, argument: str, options: Pairs, where: str) -> "SwitchSpec":
+        take(options, cls.KEYS, where)
+        switch_name(argument, where)
+        return cls(argument)
+
+    def __str__(self) -> str:
+        return f"switch:{self.name}"
+
+
+def switch_name(text: str, where: str) -> str:
+    """``text`` if it can name a switch. Raises OptionError."""
+    if not re.fullmatch(r"[\w.-]{1,32}", text, re.ASCII):
+        raise OptionError(f"{where}: {text!r} cannot name a switch; use up to 32 letters, digits, dots, - and _")
+    return text
+
+
+@dataclass(frozen=True)
 class NullSpec:
     """Frames of the guest are counted and dropped; none come."""
 
@@ -128,6 +155,7 @@ class NullSpec:
 
 KINDS: dict[str, type[PortSpec]] = {kind.KIND: kind for kind in (
     TapSpec,
+    SwitchSpec,
     ResponderSpec,
     LoopbackSpec,
     NullSpec,
@@ -136,13 +164,14 @@ KINDS: dict[str, type[PortSpec]] = {kind.KIND: kind for kind in (
 KEYS = tuple(key for kind in KINDS.values() for key in kind.KEYS)
 
 
-def parse_port(text: str) -> PortSpec:
-    """The spec that ``text`` (what follows ``--port``) describes.
+def parse_port(text: str, where: str | None = None) -> PortSpec:
+    """The spec that ``text`` (what follows ``--port``) describes. where: the option that has it, if it is another.
 
     Raises OptionError: unknown kind or key (the error lists the known ones), or a value that cannot be.
     """
+    where = where or f"--port {text}"
     first, *rest = split(text)
-    return _parse(first, pairs(rest, f"--port {text}"), f"--port {text}")
+    return _parse(first, pairs(rest, where), where)
 
 
 def take_port(options: Pairs, where: str) -> tuple[PortSpec | None, Pairs]:
