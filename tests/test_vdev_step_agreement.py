@@ -366,6 +366,7 @@ def test_engines_agree_on_nasty_guests(ring: int) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @every_ring
 def test_engines_agree_for_long(ring: int) -> None:
     assert agree(ring, NASTY, 1000) >= {"from_guest frames", "to_guest frames"}
