@@ -35,6 +35,18 @@ static inline void publish(struct vq *q, const struct flow_config *flow, struct 
     }
 }
 
+/* There is nothing to do in this direction. A worker that will not look at the ring asks for a kick; what the driver has
+ * made available meanwhile is seen now, or it kicks. -> false: there is more after all. */
+static __attribute__((noinline)) bool come_to_rest(struct lane *l, struct vq *q, uint32_t direction)
+{
+    if (!l->looked_at && RING(arm)(q) > 0) {
+        RING(disarm)(q);
+        return false;
+    }
+    l->resting |= direction;
+    return true;
+}
+
 /* struct directions, look. */
 static void look(struct lane *l, uint32_t direction, bool ask)
 {

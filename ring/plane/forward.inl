@@ -120,11 +120,8 @@ static void settle(struct lane *l)
     publish(q, flow, &l->stats.from_guest);
     if (l->gathered == BURST_FULL)
         return;
-    if (l->gathered == BURST_EMPTY) {
-        if (!l->looked_at && RING(arm)(q) > 0)
-            return;
-        l->resting |= WORK_FROM_GUEST;
-    }
+    if (l->gathered == BURST_EMPTY && !come_to_rest(l, q, WORK_FROM_GUEST))
+        return;
     l->work &= ~(uint32_t)WORK_FROM_GUEST;
     if (q->broken)
         break_queue(l, flow, LANE_FROM_GUEST_BROKEN);

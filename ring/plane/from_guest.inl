@@ -157,14 +157,8 @@ static void from_guest(struct lane *l)
         enum burst end = burst_from_guest(l, q);
         if (end == BURST_FULL)
             continue;
-        if (end == BURST_EMPTY) {
-            int more = l->looked_at ? 0 : RING(arm)(q);
-            if (more > 0) {
-                RING(disarm)(q);
-                continue;
-            }
-            l->resting |= WORK_FROM_GUEST;
-        }
+        if (end == BURST_EMPTY && !come_to_rest(l, q, WORK_FROM_GUEST))
+            continue;
         l->work &= ~(uint32_t)WORK_FROM_GUEST;
         if (q->broken)
             break_queue(l, flow, LANE_FROM_GUEST_BROKEN);

@@ -290,13 +290,9 @@ static void to_guest(struct lane *l)
         publish(q, flow, &l->stats.to_guest);
         if (end == STARVED) {
             /* Ask for a kick; what the driver has posted since is seen now, or it kicks. */
-            int more = l->looked_at ? 0 : RING(arm)(q);
-            if (more > 0) {
-                RING(disarm)(q);
+            if (!come_to_rest(l, q, WORK_TO_GUEST))
                 continue;
-            }
-            l->starved = more == 0;
-            l->resting |= WORK_TO_GUEST;
+            l->starved = !q->broken;
         }
         if (end == WAITING)
             lane_wait(l, WORK_TO_GUEST);
