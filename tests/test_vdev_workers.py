@@ -1,5 +1,6 @@
 """Which worker serves what: every way to spread lanes, workers that several devices share, and one that gets stuck."""
 
+import functools
 import os
 import socket
 import threading
@@ -12,6 +13,7 @@ from vdev.errors import Failure
 from vdev.net.features import Feature, mask
 from vdev.testing.daemon import Daemon
 from vdev.testing.netns import Namespace, why_no_tap
+from vdev.testing.netdriver import NetHeader
 from vdev.testing.process import ProcessDied
 from vdev.testing.scripted import ScriptedGuest
 from vdev.testing.served import FRAME, ServedDevice, WirePort, both_ways
@@ -38,6 +40,22 @@ def threads() -> set[str]:
 def place(task: Path) -> str:
     (line,) = [line for line in (task / "status").read_text().splitlines() if line.startswith("Cpus_allowed_list:")]
     return line.split()[1]
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time(monkeypatch):
+    """A daemon has one control thread for all its devices. Each ServedDevice has one: let them take turns."""
+    turn = threading.RLock()
+
+    def in_turn(method):
+        @functools.wraps(method)
+        def run(*arguments):
+            with turn:
+                return method(*arguments)
+        return run
+
+    for name in ("start", "attach", "detach", "leave"):
+        monkeypatch.setattr(Worker, name, in_turn(getattr(Worker, name)))
 
 
 # ------------------------------------------------------------------------------------------- the pool
@@ -183,6 +201,12 @@ def get_stuck(worker: str, served: ServedDevice, guest: ScriptedGuest) -> None:
     wait_until(full, "the port takes everything")
 
 
+def free(served: ServedDevice) -> None:
+    """The port blocks no more, and whoever waits for a frame of it gets one. What it takes is still to be drained."""
+    os.set_blocking(served.port.ends(0).to_port, False)
+    served.port.wire[0].send(NetHeader().pack() + FRAME)
+
+
 def drain(wire: socket.socket) -> None:
     try:
         while wire.recv(1 << 16):
@@ -210,11 +234,10 @@ def test_stuck_worker_ends_the_sessions_of_all_that_share_it(first, poll_us):
             assert "did not let go within 1000 ms" in notices.wait_for("session-end")
             assert "serves other devices, too (--workers), and is stuck" in learns.wait_for("session-end")
         assert one.device.engine.abandoned == other.device.engine.abandoned == 1
-        os.set_blocking(one.port.ends(0).to_port, False)
         with ScriptedGuest(other.connect(), features=PLAIN) as guest:
             both_ways(other, guest)
-            assert len(workers_now() - {worker}) == 1
-            assert worker in workers_now()
+            assert worker in workers_now() and len(workers_now()) == 2
+            free(one)
             wait_until(lambda: drain(one.port.wire[0]) or worker not in threads(), "it is still there")
             drain(one.port.wire[0])
             with ScriptedGuest(one.connect(), features=PLAIN) as culprit:
@@ -236,7 +259,7 @@ def test_device_that_is_kept_apart_shares_no_worker():
         both_ways(one, waiting)
         get_stuck(own, one, waiting)
         both_ways(other, guest)
-        os.set_blocking(one.port.ends(0).to_port, False)
+        free(one)
         drain(one.port.wire[0])
         assert waiting.driver.reclaim_all(10)
         drain(one.port.wire[0])

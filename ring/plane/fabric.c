@@ -144,15 +144,6 @@ void lane_shut(struct lane *l)
             nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
 }
 
-static void relax(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
 /* The door's only user, if that can be had soon. Of one that could not be had, and is taken still, nobody expects it
  * soon: its user may be stuck. */
 static bool enter_alone(struct door *d)

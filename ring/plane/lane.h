@@ -130,6 +130,16 @@ static inline void lane_wait(struct lane *l, uint32_t direction)
 void lane_open(struct lane *l);
 void lane_shut(struct lane *l);
 
+/* While waiting for another thread: let this core's second one have it for a moment. */
+static inline void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 /* Signal an eventfd or pipe without ever blocking on its other side. */
 void signal_descriptor(int fd);
 
