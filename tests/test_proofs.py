@@ -126,6 +126,9 @@ MISTAKES = {
         "core/virtqueue.c", "part_bytes", "2 * (uint64_t)size + 2", "2 * (uint64_t)size")),
     "ring_of_any_size": ("setup", Fault("core/virtqueue.c", "resolve", "c->size > RING_QUEUE_SIZE_MAX", "0")),
     # walk_split.c
+    "one_run_over_the_end_of_a_region": ("walk_split", Fault(
+        "core/internal.h", "guestmem_run", "len > r->size - offset", "len > r->size")),
+    "one_piece_beyond_the_caller_s": ("walk_split", Fault("core/walk.inl", "walk_buffer", "used >= max || ", "")),
     "next_beyond_the_table": ("walk_split", Fault("core/split.inl", "split_walk", "d.next >= w->entries", "0")),
     "next_read_again_after_its_check": ("walk_split", Fault(
         "core/split.inl", "split_walk", "w->next = d.next", "w->next = load16(&q->desc[at].next)")),

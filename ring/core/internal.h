@@ -16,6 +16,8 @@ _Static_assert(offsetof(struct piece, len) == offsetof(struct iovec, iov_len), "
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
+/* What is done for every frame: only where all of it is inlined do a chain and its walk live in registers. */
+#define INLINED static inline __attribute__((always_inline))
 
 /* ------------------------------------------------------------------------------- shared memory
  *
@@ -83,6 +85,18 @@ static inline const struct guest_region *guestmem_find(const struct guestmem *me
 
 /* The region that has `hva`, or NULL. */
 const struct guest_region *guestmem_region_at(const struct guestmem *mem, const uint8_t *hva);
+
+/* Does all of [gpa, gpa+len) lie in the region of the last hit, as nearly everything does? Then it is one piece. */
+INLINED bool guestmem_run(const struct guestmem *mem, uint32_t hint, uint64_t gpa, uint64_t len, struct piece *out)
+{
+    const struct guest_region *r = &mem->regions[hint];
+    uint64_t offset = gpa - r->gpa;
+
+    if (unlikely(offset >= r->size || len > r->size - offset))
+        return false;
+    *out = (struct piece){r->hva + offset, len};
+    return true;
+}
 
 /* guestmem_pieces with a caller's hint; see ring.h. */
 static inline int guestmem_translate(const struct guestmem *mem, uint32_t *hint, uint64_t gpa, uint64_t len,
@@ -267,7 +281,7 @@ struct vq {
     int broken;
     uint32_t broken_at;
     uint32_t region_hint;
-    struct walk walk;
+    struct walk walk;    /* of vq_take and vq_walk, which stop between two descriptors; vq_pop has one of its own */
     struct journal_line *line; /* NULL: nothing is written down */
     struct gap gap;
     uint32_t table_limit;

@@ -24,7 +24,7 @@
 #include "internal.h"
 #include "walk.inl"
 
-static inline void packed_advance(const struct vq *q, uint16_t *slot, bool *wrap, uint32_t by)
+INLINED void packed_advance(const struct vq *q, uint16_t *slot, bool *wrap, uint32_t by)
 {
     uint32_t next = *slot + by;
 
@@ -36,7 +36,7 @@ static inline void packed_advance(const struct vq *q, uint16_t *slot, bool *wrap
     *slot = (uint16_t)next;
 }
 
-static inline bool packed_is_available(const struct vq *q, uint16_t slot, bool wrap)
+INLINED bool packed_is_available(const struct vq *q, uint16_t slot, bool wrap)
 {
     /* Acquire: pairs with the driver's barrier between writing the chain and the flags of its first
      * descriptor. */
@@ -45,7 +45,7 @@ static inline bool packed_is_available(const struct vq *q, uint16_t slot, bool w
     return !!(flags & PACKED_F_AVAIL) == wrap && !!(flags & PACKED_F_USED) != wrap;
 }
 
-static inline int packed_see(struct vq *q)
+INLINED int packed_see(struct vq *q)
 {
     if (packed_is_available(q, q->next_avail, q->avail_wrap))
         return 1;
@@ -54,17 +54,17 @@ static inline int packed_see(struct vq *q)
     return 0;
 }
 
-static inline int packed_take(struct vq *q, struct chain *c)
+INLINED int packed_take(struct vq *q, struct walk *w, struct chain *c)
 {
     if (!packed_see(q))
         return RING_EMPTY;
     *c = (struct chain){0};
-    q->walk = (struct walk){0};
+    *w = (struct walk){0};
     return RING_OK;
 }
 
 /* One snapshot of a descriptor; ordered after the acquire load of the chain's first flags. */
-static inline struct packed_desc packed_read_descriptor(const struct packed_desc *from)
+INLINED struct packed_desc packed_read_descriptor(const struct packed_desc *from)
 {
     struct packed_desc d;
     uint64_t half[2];
@@ -77,7 +77,7 @@ static inline struct packed_desc packed_read_descriptor(const struct packed_desc
 
 /* Read the next descriptor of the ring and count it to the chain; the id of the last one names the chain.
  * -> false when the chain has gone once around the ring. */
-static inline bool packed_next(struct vq *q, struct chain *c, struct packed_desc *d)
+INLINED bool packed_next(struct vq *q, struct chain *c, struct packed_desc *d)
 {
     if (unlikely(c->slots == q->size))
         return false;
@@ -101,21 +101,23 @@ static __attribute__((noinline, cold)) int packed_skip(struct vq *q, struct chai
     return rule;
 }
 
-static inline int packed_bad(struct vq *q, struct chain *c, int rule, uint32_t at, bool goes_on)
+INLINED int packed_bad(struct vq *q, struct chain *c, int rule, uint32_t at, bool goes_on)
 {
     c->status = rule;
     c->bad = at;
-    return goes_on ? packed_skip(q, c, rule) : rule;
+    struct chain bad = *c; /* the caller's own may stay in registers */
+    rule = goes_on ? packed_skip(q, &bad, rule) : rule;
+    *c = bad;
+    return rule;
 }
 
-static inline int packed_walk(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
+INLINED int packed_walk(struct vq *q, struct walk *w, struct chain *c, struct piece *pieces, uint32_t max)
 {
-    struct walk *w = &q->walk;
     struct packed_desc d;
 
     if (w->indirect) { /* consecutive entries of which only WRITE counts (2.8.7) */
         const struct packed_desc *entry = (const struct packed_desc *)q->table + w->next;
-        int rule = walk_buffer(q, c, entry->addr, entry->len, entry->flags & DESC_F_WRITE, pieces, max);
+        int rule = walk_buffer(q, w, c, entry->addr, entry->len, entry->flags & DESC_F_WRITE, pieces, max);
         c->descriptors++;
         if (unlikely(rule < 0))
             return packed_bad(q, c, rule, w->next, false);
@@ -129,25 +131,26 @@ static inline int packed_walk(struct vq *q, struct chain *c, struct piece *piece
         int rule = RING_E_INDIRECT_OFF;
         if (likely(q->indirect)) {
             /* unlike a split ring's, an indirect descriptor stands alone (2.8.19) */
-            rule = d.flags & DESC_F_NEXT || c->slots > 1 ? RING_E_INDIRECT_NEXT : walk_enter(q, d.addr, d.len);
+            rule = d.flags & DESC_F_NEXT || c->slots > 1 ? RING_E_INDIRECT_NEXT : walk_enter(q, w, d.addr, d.len);
         }
         return unlikely(rule < 0) ? packed_bad(q, c, rule, at, d.flags & DESC_F_NEXT) : RING_MORE;
     }
-    int rule = walk_buffer(q, c, d.addr, d.len, d.flags & DESC_F_WRITE, pieces, max);
+    int rule = walk_buffer(q, w, c, d.addr, d.len, d.flags & DESC_F_WRITE, pieces, max);
     if (unlikely(rule < 0))
         return packed_bad(q, c, rule, at, d.flags & DESC_F_NEXT);
     return d.flags & DESC_F_NEXT ? RING_MORE : RING_OK;
 }
 
-static inline int packed_pop(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
+INLINED int packed_pop(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
 {
-    int status = packed_take(q, c);
+    struct walk w;
+    int status = packed_take(q, &w, c);
 
     if (status != RING_OK)
         return status;
-    do
-        status = packed_walk(q, c, pieces, max);
-    while (status == RING_MORE);
+    status = packed_walk(q, &w, c, pieces, max); /* apart, as in split_pop */
+    while (status == RING_MORE)
+        status = packed_walk(q, &w, c, pieces, max);
     return status;
 }
 
@@ -170,7 +173,7 @@ static inline uint64_t packed_code(uint16_t slot, bool wrap)
 }
 
 /* Note in the journal what the next used descriptor will overwrite, and that the batch reaches to `to` with it. */
-static inline void packed_note(struct vq *q, uint32_t slots, uint32_t written, uint64_t to)
+INLINED void packed_note(struct vq *q, uint32_t slots, uint32_t written, uint64_t to)
 {
     struct journal_entry *e = &q->line->entries[q->next_used];
 
@@ -182,7 +185,7 @@ static inline void packed_note(struct vq *q, uint32_t slots, uint32_t written, u
     journal_order();
 }
 
-static inline void packed_push(struct vq *q, uint32_t head, uint32_t slots, uint32_t written)
+INLINED void packed_push(struct vq *q, uint32_t head, uint32_t slots, uint32_t written)
 {
     struct packed_desc *d = &q->packed[q->next_used];
     uint16_t flags = written ? DESC_F_WRITE : 0;

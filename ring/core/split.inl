@@ -23,7 +23,7 @@
 static inline uint16_t *split_used_event(const struct vq *q) { return &q->avail->ring[q->size]; }
 static inline uint16_t *split_avail_event(const struct vq *q) { return (uint16_t *)&q->used->ring[q->size]; }
 
-static inline int split_see(struct vq *q)
+INLINED int split_see(struct vq *q)
 {
     /* Acquire: pairs with the driver's barrier between writing descriptors and entries and storing idx. */
     uint16_t idx = load16_acquire(&q->avail->idx);
@@ -35,7 +35,7 @@ static inline int split_see(struct vq *q)
     return ahead;
 }
 
-static inline int split_take(struct vq *q, struct chain *c)
+INLINED int split_take(struct vq *q, struct walk *w, struct chain *c)
 {
     if (q->next_avail == q->avail_seen)
         return RING_EMPTY;
@@ -45,12 +45,12 @@ static inline int split_take(struct vq *q, struct chain *c)
         return vq_break(q, RING_E_HEAD_RANGE, head);
     q->next_avail++;
     *c = (struct chain){.head = head, .slots = 1};
-    q->walk = (struct walk){.next = head, .entries = q->size, .steps_left = q->size};
+    *w = (struct walk){.next = head, .entries = q->size, .steps_left = q->size};
     return RING_OK;
 }
 
 /* One snapshot of a descriptor: two loads of eight bytes; the table is 16-byte aligned. */
-static inline struct vring_desc split_read_descriptor(const struct vring_desc *from)
+INLINED struct vring_desc split_read_descriptor(const struct vring_desc *from)
 {
     struct vring_desc d;
     uint64_t half[2];
@@ -61,7 +61,7 @@ static inline struct vring_desc split_read_descriptor(const struct vring_desc *f
     return d;
 }
 
-static inline int split_bad(struct chain *c, int rule, uint32_t descriptor)
+INLINED int split_bad(struct chain *c, int rule, uint32_t descriptor)
 {
     c->status = rule;
     c->bad = descriptor;
@@ -69,20 +69,19 @@ static inline int split_bad(struct chain *c, int rule, uint32_t descriptor)
 }
 
 /* 2.7.5.3: zero or more direct descriptors may come before the one that names a table, none after it. */
-static inline int split_enter_indirect(struct vq *q, const struct vring_desc *d)
+static inline int split_enter_indirect(struct vq *q, struct walk *w, const struct vring_desc *d)
 {
     if (unlikely(!q->indirect))
         return RING_E_INDIRECT_OFF;
-    if (unlikely(q->walk.indirect))
+    if (unlikely(w->indirect))
         return RING_E_INDIRECT_NESTED;
     if (unlikely(d->flags & DESC_F_NEXT))
         return RING_E_INDIRECT_NEXT;
-    return walk_enter(q, d->addr, d->len);
+    return walk_enter(q, w, d->addr, d->len);
 }
 
-static inline int split_walk(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
+INLINED int split_walk(struct vq *q, struct walk *w, struct chain *c, struct piece *pieces, uint32_t max)
 {
-    struct walk *w = &q->walk;
     uint32_t at = w->next;
 
     /* as many steps as the table has entries: a longer chain is a cycle (2.7.5.2: MUST NOT loop) */
@@ -92,8 +91,8 @@ static inline int split_walk(struct vq *q, struct chain *c, struct piece *pieces
     struct vring_desc d = w->indirect ? q->table[at] : split_read_descriptor(&q->desc[at]);
     c->descriptors++;
     bool indirect = d.flags & DESC_F_INDIRECT; /* WRITE is ignored there, 2.7.5.3.2 */
-    int rule = indirect ? split_enter_indirect(q, &d)
-                        : walk_buffer(q, c, d.addr, d.len, d.flags & DESC_F_WRITE, pieces, max);
+    int rule = indirect ? split_enter_indirect(q, w, &d)
+                        : walk_buffer(q, w, c, d.addr, d.len, d.flags & DESC_F_WRITE, pieces, max);
     if (unlikely(rule < 0))
         return split_bad(c, rule, at);
     if (indirect || !(d.flags & DESC_F_NEXT))
@@ -104,21 +103,23 @@ static inline int split_walk(struct vq *q, struct chain *c, struct piece *pieces
     return RING_MORE;
 }
 
-static inline int split_pop(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
+INLINED int split_pop(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
 {
-    int status = split_take(q, c);
+    struct walk w;
+    int status = split_take(q, &w, c);
 
     if (status == RING_EMPTY) {
         status = split_see(q);
         if (status <= 0)
             return status < 0 ? status : RING_EMPTY;
-        status = split_take(q, c);
+        status = split_take(q, &w, c);
     }
     if (unlikely(status != RING_OK))
         return status;
-    do
-        status = split_walk(q, c, pieces, max);
-    while (status == RING_MORE);
+    /* The first one apart: of most chains it is the only one, and with so much known of it the rest is short. */
+    status = split_walk(q, &w, c, pieces, max);
+    while (status == RING_MORE)
+        status = split_walk(q, &w, c, pieces, max);
     return status;
 }
 
@@ -127,7 +128,7 @@ static inline void split_unpop(struct vq *q, uint32_t slots)
     q->next_avail = (uint16_t)(q->next_avail - slots);
 }
 
-static inline void split_push(struct vq *q, uint32_t head, uint32_t slots, uint32_t written)
+INLINED void split_push(struct vq *q, uint32_t head, uint32_t slots, uint32_t written)
 {
     struct vring_used_elem *e = &q->used->ring[q->next_used & q->mask];
 

@@ -40,13 +40,13 @@ int vq_see(struct vq *q)
 int vq_take(struct vq *q, struct chain *c)
 {
     ENTER(q);
-    ANSWER(q, take, q, c);
+    ANSWER(q, take, q, &q->walk, c);
 }
 
 int vq_walk(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)
 {
     ENTER(q);
-    ANSWER(q, walk, q, c, pieces, max);
+    ANSWER(q, walk, q, &q->walk, c, pieces, max);
 }
 
 int vq_pop(struct vq *q, struct chain *c, struct piece *pieces, uint32_t max)

@@ -6,22 +6,32 @@
 
 #include "internal.h"
 
+/* Where one buffer lies, which is seldom asked: not all of it in the region of the last hit. -> as guestmem_translate */
+static __attribute__((noinline)) int walk_translate(struct vq *q, uint64_t gpa, uint32_t len, bool writable,
+                                                    struct piece *out, uint32_t max)
+{
+    if (q->config.iotlb)
+        return iotlb_translate(q, gpa, len, writable, out, max);
+    return guestmem_translate(q->mem, &q->region_hint, gpa, len, out, max);
+}
+
 /* Take one buffer of the chain over: its order, its place, its length. -> RING_OK or the rule broken. */
-static inline int walk_buffer(struct vq *q, struct chain *c, uint64_t gpa, uint32_t len, bool writable,
-                              struct piece *pieces, uint32_t max)
+INLINED int walk_buffer(struct vq *q, struct walk *w, struct chain *c, uint64_t gpa, uint32_t len, bool writable,
+                        struct piece *pieces, uint32_t max)
 {
     if (writable)
-        q->walk.writable_seen = true;
-    else if (unlikely(q->walk.writable_seen))
+        w->writable_seen = true;
+    else if (unlikely(w->writable_seen))
         return RING_E_ORDER;
     if (unlikely(len == 0)) /* the address of an empty buffer means nothing */
         return RING_OK;
     uint32_t used = c->readable + c->writable;
-    int n = unlikely(q->config.iotlb)
-                ? iotlb_translate(q, gpa, len, writable, pieces + used, max - used)
-                : guestmem_translate(q->mem, &q->region_hint, gpa, len, pieces + used, max - used);
-    if (unlikely(n < 0))
-        return n;
+    int n = 1;
+    if (unlikely(q->config.iotlb || used >= max || !guestmem_run(q->mem, q->region_hint, gpa, len, pieces + used))) {
+        n = walk_translate(q, gpa, len, writable, pieces + used, max - used);
+        if (n < 0)
+            return n;
+    }
     if (writable) {
         c->writable += (uint32_t)n;
         c->writable_len += len;
@@ -35,7 +45,7 @@ static inline int walk_buffer(struct vq *q, struct chain *c, uint64_t gpa, uint3
 /* Copy a whole indirect table into private memory, so that it cannot change while it is walked, and go on
  * there. It may lie at any address and cross regions, even inside one descriptor.
  * -> RING_MORE, RING_E_INDIRECT_LENGTH, or as a buffer's translation. */
-static inline int walk_enter(struct vq *q, uint64_t gpa, uint32_t len)
+static inline int walk_enter(struct vq *q, struct walk *w, uint64_t gpa, uint32_t len)
 {
     uint32_t entries = len / (uint32_t)sizeof(struct vring_desc);
     uint8_t *to = (uint8_t *)q->table;
@@ -61,8 +71,8 @@ static inline int walk_enter(struct vq *q, uint64_t gpa, uint32_t len)
         gpa += part;
         left -= part;
     }
-    q->walk.indirect = true;
-    q->walk.next = 0;
-    q->walk.entries = q->walk.steps_left = entries;
+    w->indirect = true;
+    w->next = 0;
+    w->entries = w->steps_left = entries;
     return RING_MORE;
 }

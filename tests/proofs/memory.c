@@ -41,7 +41,7 @@ static void translate(const struct guestmem *mem, uint64_t gpa, uint32_t hint, s
 static void enter(struct vq *q, uint64_t gpa, uint32_t hint, uint32_t len)
 {
     q->region_hint = hint;
-    int status = walk_enter(q, gpa, len);
+    int status = walk_enter(q, &q->walk, gpa, len);
 
     //@ check q->region_hint < DATA_REGIONS;
     //@ check status == RING_MORE || status == RING_E_INDIRECT_LENGTH || status == RING_E_UNMAPPED;
