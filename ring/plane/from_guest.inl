@@ -20,43 +20,23 @@ enum { MAC = 6 }; /* bytes of an address; a frame begins with where it goes to a
 
 enum sent { SENT, BLOCKED, MEMORY_GONE };
 
-/* Give the frame of one chain to the port. pieces[0] is free for the header. */
-static enum sent send_frame(struct lane *l, const struct chain *c)
+/* Write a frame of so many bytes to the port, behind its header, which is in `count` pieces too. pieces[-1] is free
+ * for our copy of it. */
+static __attribute__((noinline)) enum sent write_frame(struct lane *l, const struct net_header *header, uint32_t count,
+                                                       uint64_t length)
 {
     struct flow_stats *stats = &l->stats.from_guest;
-    struct net_header header;
     struct piece *pieces = l->pieces + 1;
     uint32_t first = 0, skip = NET_HEADER;
-
-    if (!l->config.from_guest.enabled)
-        return count_drop(stats, DROP_DISABLED), SENT;
-    if (c->writable) /* 5.1.6.2: a transmitted packet is device-readable only */
-        return count_drop(stats, DROP_BAD_CHAIN), stats->bad_chains++, SENT;
-    if (c->readable_len < NET_HEADER + ETHERNET_HEADER || c->readable_len > NET_HEADER + (uint64_t)l->config.max_frame)
-        return count_drop(stats, DROP_BAD_LENGTH), SENT;
-    uint64_t length = c->readable_len - NET_HEADER;
-    pieces_copy(pieces, c->readable, 0, (uint8_t *)&header, NET_HEADER, false);
-    __asm__ volatile("" : "+m"(header)); /* decide on this copy, not on a second read of its source */
-    if (header_from_guest(&header, length, l->config.features, l->config.gso_size_min))
-        return count_drop(stats, DROP_BAD_HEADER), SENT;
-    if (l->config.to_port < 0)
-        return count_drop(stats, DROP_NULL), SENT;
-    if (l->port_gone)
-        return count_drop(stats, DROP_NO_PORT), SENT;
-    if (unlikely(l->mac_due)) {
-        pieces_copy(pieces, c->readable, NET_HEADER + MAC, l->guest_mac, MAC, false);
-        l->mac_due = false;
-        l->mac_known = true;
-    }
 
     while (pieces[first].len <= skip)
         skip -= (uint32_t)pieces[first++].len;
     pieces[first].base += skip;
     pieces[first].len -= skip;
     const struct piece *from = pieces + first;
-    uint32_t count = c->readable - first;
+    count -= first;
     if (l->config.port_header) {
-        pieces[(int)first - 1] = (struct piece){(uint8_t *)&header, NET_HEADER};
+        pieces[(int)first - 1] = (struct piece){(uint8_t *)header, NET_HEADER};
         from--;
         count++;
     }
@@ -64,7 +44,7 @@ static enum sent send_frame(struct lane *l, const struct chain *c)
     if (likely(written == (ssize_t)(length + l->config.port_header))) {
         stats->frames++;
         stats->bytes += length;
-        stats->gso_frames += header.gso_type != 0;
+        stats->gso_frames += header->gso_type != 0;
         return SENT;
     }
     if (written < 0 && errno == EAGAIN)
@@ -78,6 +58,39 @@ static enum sent send_frame(struct lane *l, const struct chain *c)
     return count_drop(stats, DROP_PORT), SENT;
 }
 
+/* Give the frame of one chain to the port. */
+INLINED enum sent send_frame(struct lane *l, const struct chain *c)
+{
+    struct flow_stats *stats = &l->stats.from_guest;
+    struct net_header header;
+    struct piece *pieces = l->pieces + 1;
+
+    if (!l->config.from_guest.enabled)
+        return count_drop(stats, DROP_DISABLED), SENT;
+    if (c->writable) /* 5.1.6.2: a transmitted packet is device-readable only */
+        return count_drop(stats, DROP_BAD_CHAIN), stats->bad_chains++, SENT;
+    if (c->readable_len < NET_HEADER + ETHERNET_HEADER || c->readable_len > NET_HEADER + (uint64_t)l->config.max_frame)
+        return count_drop(stats, DROP_BAD_LENGTH), SENT;
+    uint64_t length = c->readable_len - NET_HEADER;
+    if (likely(pieces->len >= NET_HEADER))
+        memcpy(&header, pieces->base, NET_HEADER);
+    else
+        pieces_copy(pieces, c->readable, 0, (uint8_t *)&header, NET_HEADER, false);
+    __asm__ volatile("" : "+m"(header)); /* decide on this copy, not on a second read of its source */
+    if (!header_is_zero(&header) && header_from_guest(&header, length, l->config.features, l->config.gso_size_min))
+        return count_drop(stats, DROP_BAD_HEADER), SENT;
+    if (l->config.to_port < 0)
+        return count_drop(stats, DROP_NULL), SENT;
+    if (l->port_gone)
+        return count_drop(stats, DROP_NO_PORT), SENT;
+    if (unlikely(l->mac_due)) {
+        pieces_copy(pieces, c->readable, NET_HEADER + MAC, l->guest_mac, MAC, false);
+        l->mac_due = false;
+        l->mac_known = true;
+    }
+    return write_frame(l, &header, c->readable, length);
+}
+
 /* Chains that one used entry will complete. */
 struct completion {
     uint32_t head; /* of the last one */
@@ -85,7 +98,7 @@ struct completion {
     uint32_t slots;
 };
 
-static void finish(struct vq *q, struct completion *done, const struct chain *c)
+INLINED void finish(struct vq *q, struct completion *done, const struct chain *c)
 {
     if (q->in_order)
         *done = (struct completion){c->head, done->chains + 1, done->slots + c->slots};
@@ -114,19 +127,7 @@ static enum burst burst_from_guest(struct lane *l, struct vq *q)
 
     for (int i = 0; i < BURST_FRAMES && end == BURST_FULL; i++) {
         int status = RING(pop)(q, &c, l->pieces + 1, RING_PIECES_MAX);
-        if (status == RING_EMPTY) {
-            end = BURST_EMPTY;
-        } else if (unlikely(q->broken)) {
-            end = BURST_STOP;
-        } else if (unlikely(status == RING_E_MISS)) {
-            RING(unpop)(q, c.slots);
-            lane_wait(l, WORK_FROM_GUEST);
-            end = BURST_STOP;
-        } else if (unlikely(status < 0)) {
-            count_bad_chain(l, stats, status);
-            count_drop(stats, DROP_BAD_CHAIN);
-            finish(q, &done, &c);
-        } else {
+        if (likely(status == RING_OK)) {
             switch (send_frame(l, &c)) {
             case SENT:
                 finish(q, &done, &c);
@@ -140,6 +141,18 @@ static enum burst burst_from_guest(struct lane *l, struct vq *q)
                 l->memory_gone = true;
                 return BURST_STOP;
             }
+        } else if (status == RING_EMPTY) {
+            end = BURST_EMPTY;
+        } else if (q->broken) {
+            end = BURST_STOP;
+        } else if (status == RING_E_MISS) {
+            RING(unpop)(q, c.slots);
+            lane_wait(l, WORK_FROM_GUEST);
+            end = BURST_STOP;
+        } else {
+            count_bad_chain(l, stats, status);
+            count_drop(stats, DROP_BAD_CHAIN);
+            finish(q, &done, &c);
         }
     }
     flush(q, &done);

@@ -4,6 +4,9 @@
  */
 #pragma once
 
+#include <stdbool.h>
+#include <string.h>
+
 #include "include.h"
 
 /* The numbers of the features that decide what a header may say. */
@@ -31,5 +34,16 @@
 #define GSO_TCPV6 4
 #define GSO_UDP_L4 5
 #define GSO_ECN 0x80
+
+/* Does the header say nothing at all? Then both checks would leave it as it is, but for the number of buffers. */
+static inline bool header_is_zero(const struct net_header *h)
+{
+    uint64_t low;
+    uint32_t high;
+
+    memcpy(&low, h, sizeof(low));
+    memcpy(&high, (const uint8_t *)h + sizeof(low), sizeof(high));
+    return (low | high) == 0;
+}
 
 _Static_assert(sizeof(struct net_header) == NET_HEADER, "as the specification lays it out");
