@@ -155,11 +155,13 @@ class Guest:
         self.device.detach()
 
     def condition(self) -> dict[str, object]:
-        """All there is to see but the frames, and how often the engine looked."""
+        """All there is to see but the frames, how often the engine looked, and how far: before a port that takes no
+        more the pump has looked a group of chains ahead. What matters of it, where kicks begin, is in the memory."""
         rings = []
         for flow in (self.device.config.from_guest, self.device.config.to_guest):
             broken = flow.queue.state.broken
-            rings.append(vars(flow.queue.state) | {"broken": broken and (broken.code, broken.at)})
+            rings.append(vars(flow.queue.state) | {"broken": broken and (broken.code, broken.at), "known": 0,
+                                                   "known_wrap": False})
         return {
             "stats": [vars(stats) | {"kicks": 0, "bursts": 0, "cycles": 0}
                       for stats in (self.device.from_guest, self.device.to_guest)],

@@ -18,6 +18,8 @@ _Static_assert(offsetof(struct piece, len) == offsetof(struct iovec, iov_len), "
 #define unlikely(x) __builtin_expect(!!(x), 0)
 /* What is done for every frame: only where all of it is inlined do a chain and its walk live in registers. */
 #define INLINED static inline __attribute__((always_inline))
+/* And what would take registers from it. */
+#define OUTLINED static __attribute__((noinline))
 
 /* ------------------------------------------------------------------------------- shared memory
  *

@@ -7,8 +7,7 @@
 #include "internal.h"
 
 /* Where one buffer lies, which is seldom asked: not all of it in the region of the last hit. -> as guestmem_translate */
-static __attribute__((noinline)) int walk_translate(struct vq *q, uint64_t gpa, uint32_t len, bool writable,
-                                                    struct piece *out, uint32_t max)
+OUTLINED int walk_translate(struct vq *q, uint64_t gpa, uint32_t len, bool writable, struct piece *out, uint32_t max)
 {
     if (q->config.iotlb)
         return iotlb_translate(q, gpa, len, writable, out, max);

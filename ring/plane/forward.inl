@@ -55,7 +55,7 @@ static bool take_transmitted(struct lane *l, struct vq *q)
     struct flow_stats *stats = &l->stats.from_guest;
     struct batch *b = l->batch;
     struct frame *f = &b->frames[b->count];
-    struct chain c;
+    struct chain c = {0};
 
     f->pieces = b->pool + b->used + 1;
     int status = RING(pop)(q, &c, f->pieces, RING_PIECES_MAX);
@@ -112,10 +112,8 @@ static void settle(struct lane *l)
     const struct batch *b = l->batch;
     struct completion done = {0};
 
-    for (uint32_t i = 0; i < b->count; i++) {
-        struct chain c = {.head = b->frames[i].chain_head, .slots = b->frames[i].slots};
-        finish(q, &done, &c);
-    }
+    for (uint32_t i = 0; i < b->count; i++)
+        finish(q, &done, b->frames[i].chain_head, b->frames[i].slots);
     flush(q, &done);
     publish(q, flow, &l->stats.from_guest);
     if (l->gathered == BURST_FULL)

@@ -1,7 +1,8 @@
 /* From the guest to the port: one burst of a transmitq.
  *
- * A chain is popped, its first 12 bytes copied to private memory, checked and cleaned (header.c), and that
- * copy goes to the port together with the rest of the chain, straight from guest memory:
+ * Chains are popped in groups, and what each begins with is fetched into the cache meanwhile: the driver has just
+ * written it, on another processor. Then each chain's first 12 bytes are copied to private memory, checked and cleaned
+ * (header.c), and that copy goes to the port together with the rest of the chain, straight from guest memory:
  * writev([header][pieces...]). Then the chain is pushed, length 0. Used entries are published once a burst,
  * after the writes: if we die in between, a frame may leave twice, never not at all.
  *
@@ -16,17 +17,68 @@
  */
 #include "flow.h"
 
+/* Chains popped at once: enough to fetch as many lines as a processor has under way at a time. */
+#define GROUP 16
+
 enum { MAC = 6 }; /* bytes of an address; a frame begins with where it goes to and where it comes from */
+
+/* A chain of the group. */
+struct taken {
+    struct piece *pieces;  /* before them one is free for the header */
+    uint64_t readable_len; /* bytes */
+    uint32_t readable;     /* pieces */
+    int32_t status;        /* RING_OK, the rule it broke, or HAS_WRITABLE */
+    uint32_t head;
+    uint32_t slots;
+};
+#define HAS_WRITABLE 1
+
+struct group {
+    struct taken taken[GROUP];
+    uint32_t count;
+};
+
+/* Pop up to `max` chains, and have what each begins with on its way to the cache while the others are popped.
+ * -> RING_OK; or why there are no more: RING_EMPTY, RING_E_MISS, RING_E_* with the queue broken */
+OUTLINED int take_group(struct lane *l, struct vq *q, struct group *g, uint32_t max)
+{
+    struct piece *pieces = l->pieces + 1;
+    uint32_t left = RING_PIECES_MAX, n = 0;
+    int end = RING_OK;
+    struct chain c = {0};
+
+    do {
+        int status = RING(pop)(q, &c, pieces, left);
+        if (likely(status == RING_OK)) {
+            __builtin_prefetch(pieces->base);
+            status = c.writable ? HAS_WRITABLE : RING_OK;
+        } else if (status == RING_EMPTY || q->broken) {
+            end = status;
+            break;
+        } else if (status == RING_E_MISS || (status == RING_E_PIECES && n > 0)) {
+            /* not the chain's fault: its translation is missing, or the others have left it too little room */
+            RING(unpop)(q, c.slots);
+            end = status == RING_E_MISS ? status : RING_OK;
+            break;
+        }
+        g->taken[n++] = (struct taken){pieces, c.readable_len, c.readable, status, c.head, c.slots};
+        uint32_t used = c.readable + c.writable + 1;
+        if (unlikely(used >= left))
+            break;
+        pieces += used;
+        left -= used;
+    } while (n < max);
+    g->count = n;
+    return end;
+}
 
 enum sent { SENT, BLOCKED, MEMORY_GONE };
 
-/* Write a frame of so many bytes to the port, behind its header, which is in `count` pieces too. pieces[-1] is free
- * for our copy of it. */
-static __attribute__((noinline)) enum sent write_frame(struct lane *l, const struct net_header *header, uint32_t count,
-                                                       uint64_t length)
+/* Write the frame of so many bytes that follows the guest's header to the port, with `header` in its place. */
+OUTLINED enum sent write_frame(struct lane *l, const struct taken *t, const struct net_header *header, uint64_t length)
 {
     struct flow_stats *stats = &l->stats.from_guest;
-    struct piece *pieces = l->pieces + 1;
+    struct piece *pieces = t->pieces;
     uint32_t first = 0, skip = NET_HEADER;
 
     while (pieces[first].len <= skip)
@@ -34,7 +86,7 @@ static __attribute__((noinline)) enum sent write_frame(struct lane *l, const str
     pieces[first].base += skip;
     pieces[first].len -= skip;
     const struct piece *from = pieces + first;
-    count -= first;
+    uint32_t count = t->readable - first;
     if (l->config.port_header) {
         pieces[(int)first - 1] = (struct piece){(uint8_t *)header, NET_HEADER};
         from--;
@@ -59,23 +111,26 @@ static __attribute__((noinline)) enum sent write_frame(struct lane *l, const str
 }
 
 /* Give the frame of one chain to the port. */
-INLINED enum sent send_frame(struct lane *l, const struct chain *c)
+INLINED enum sent send_frame(struct lane *l, const struct taken *t)
 {
     struct flow_stats *stats = &l->stats.from_guest;
     struct net_header header;
-    struct piece *pieces = l->pieces + 1;
 
+    if (unlikely(t->status < 0)) {
+        count_bad_chain(l, stats, t->status);
+        return count_drop(stats, DROP_BAD_CHAIN), SENT;
+    }
     if (!l->config.from_guest.enabled)
         return count_drop(stats, DROP_DISABLED), SENT;
-    if (c->writable) /* 5.1.6.2: a transmitted packet is device-readable only */
+    if (unlikely(t->status == HAS_WRITABLE)) /* 5.1.6.2: a transmitted packet is device-readable only */
         return count_drop(stats, DROP_BAD_CHAIN), stats->bad_chains++, SENT;
-    if (c->readable_len < NET_HEADER + ETHERNET_HEADER || c->readable_len > NET_HEADER + (uint64_t)l->config.max_frame)
+    if (t->readable_len < NET_HEADER + ETHERNET_HEADER || t->readable_len > NET_HEADER + (uint64_t)l->config.max_frame)
         return count_drop(stats, DROP_BAD_LENGTH), SENT;
-    uint64_t length = c->readable_len - NET_HEADER;
-    if (likely(pieces->len >= NET_HEADER))
-        memcpy(&header, pieces->base, NET_HEADER);
+    uint64_t length = t->readable_len - NET_HEADER;
+    if (likely(t->pieces->len >= NET_HEADER))
+        memcpy(&header, t->pieces->base, NET_HEADER);
     else
-        pieces_copy(pieces, c->readable, 0, (uint8_t *)&header, NET_HEADER, false);
+        pieces_copy(t->pieces, t->readable, 0, (uint8_t *)&header, NET_HEADER, false);
     __asm__ volatile("" : "+m"(header)); /* decide on this copy, not on a second read of its source */
     if (!header_is_zero(&header) && header_from_guest(&header, length, l->config.features, l->config.gso_size_min))
         return count_drop(stats, DROP_BAD_HEADER), SENT;
@@ -84,11 +139,11 @@ INLINED enum sent send_frame(struct lane *l, const struct chain *c)
     if (l->port_gone)
         return count_drop(stats, DROP_NO_PORT), SENT;
     if (unlikely(l->mac_due)) {
-        pieces_copy(pieces, c->readable, NET_HEADER + MAC, l->guest_mac, MAC, false);
+        pieces_copy(t->pieces, t->readable, NET_HEADER + MAC, l->guest_mac, MAC, false);
         l->mac_due = false;
         l->mac_known = true;
     }
-    return write_frame(l, &header, c->readable, length);
+    return write_frame(l, t, &header, length);
 }
 
 /* Chains that one used entry will complete. */
@@ -98,18 +153,28 @@ struct completion {
     uint32_t slots;
 };
 
-INLINED void finish(struct vq *q, struct completion *done, const struct chain *c)
+INLINED void finish(struct vq *q, struct completion *done, uint32_t head, uint32_t slots)
 {
     if (q->in_order)
-        *done = (struct completion){c->head, done->chains + 1, done->slots + c->slots};
+        *done = (struct completion){head, done->chains + 1, done->slots + slots};
     else
-        RING(push)(q, c->head, c->slots, 0);
+        RING(push)(q, head, slots, 0);
 }
 
 static void flush(struct vq *q, const struct completion *done)
 {
     if (done->chains)
         RING(push_batch)(q, done->head, done->chains, done->slots);
+}
+
+/* Give the chains of a group back, from this one on. */
+static void give_back_from(struct vq *q, const struct group *g, uint32_t first)
+{
+    uint32_t slots = 0;
+
+    for (uint32_t i = first; i < g->count; i++)
+        slots += g->taken[i].slots;
+    RING(unpop)(q, slots);
 }
 
 enum burst {
@@ -120,43 +185,34 @@ enum burst {
 
 static enum burst burst_from_guest(struct lane *l, struct vq *q)
 {
-    struct flow_stats *stats = &l->stats.from_guest;
     struct completion done = {0};
     enum burst end = BURST_FULL;
-    struct chain c;
+    uint32_t budget = BURST_FRAMES;
+    struct group g;
 
-    for (int i = 0; i < BURST_FRAMES && end == BURST_FULL; i++) {
-        int status = RING(pop)(q, &c, l->pieces + 1, RING_PIECES_MAX);
-        if (likely(status == RING_OK)) {
-            switch (send_frame(l, &c)) {
-            case SENT:
-                finish(q, &done, &c);
-                break;
-            case BLOCKED:
-                RING(unpop)(q, c.slots);
-                l->blocked = true;
-                end = BURST_STOP;
-                break;
-            case MEMORY_GONE:
+    for (; budget > 0 && end == BURST_FULL; budget -= g.count) {
+        int status = take_group(l, q, &g, budget < GROUP ? budget : GROUP);
+        if (status != RING_OK)
+            end = status == RING_EMPTY ? BURST_EMPTY : BURST_STOP;
+        for (uint32_t i = 0; i < g.count; i++) {
+            enum sent sent = send_frame(l, &g.taken[i]);
+            if (unlikely(sent == MEMORY_GONE)) {
                 l->memory_gone = true;
                 return BURST_STOP;
             }
-        } else if (status == RING_EMPTY) {
-            end = BURST_EMPTY;
-        } else if (q->broken) {
-            end = BURST_STOP;
-        } else if (status == RING_E_MISS) {
-            RING(unpop)(q, c.slots);
-            lane_wait(l, WORK_FROM_GUEST);
-            end = BURST_STOP;
-        } else {
-            count_bad_chain(l, stats, status);
-            count_drop(stats, DROP_BAD_CHAIN);
-            finish(q, &done, &c);
+            if (unlikely(sent == BLOCKED)) {
+                give_back_from(q, &g, i);
+                l->blocked = true;
+                end = BURST_STOP;
+                break;
+            }
+            finish(q, &done, g.taken[i].head, g.taken[i].slots);
         }
+        if (unlikely(status == RING_E_MISS && !l->blocked))
+            lane_wait(l, WORK_FROM_GUEST);
     }
     flush(q, &done);
-    publish(q, &l->config.from_guest, stats);
+    publish(q, &l->config.from_guest, &l->stats.from_guest);
     return end;
 }
 

@@ -29,7 +29,7 @@ struct intake {
  * for this frame went back used with length 0 (the order of the ring allows nothing else), start again. */
 static int take_chain(struct lane *l, struct vq *q, struct intake *in)
 {
-    struct chain c;
+    struct chain c = {0};
     struct piece *pieces = l->pieces + 1 + in->pieces;
 
     if (in->chains == q->size)
