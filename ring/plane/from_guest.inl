@@ -2,8 +2,8 @@
  *
  * Chains are popped in groups, and what each begins with is fetched into the cache meanwhile: the driver has just
  * written it, on another processor. Then each chain's first 12 bytes are copied to private memory, checked and cleaned
- * (header.c), and that copy goes to the port together with the rest of the chain, straight from guest memory:
- * writev([header][pieces...]). Then the chain is pushed, length 0. Used entries are published once a burst,
+ * (header.c), and that copy goes to the port: together with the rest of the chain, straight from guest memory,
+ * writev([header][pieces...]), or, if the frame is short, with a copy of it. Then the chain is pushed, length 0. Used entries are published once a burst,
  * after the writes: if we die in between, a frame may leave twice, never not at all.
  *
  * A port that takes no more gets its chain back into the ring, and the lane waits until it is writable. A
@@ -74,10 +74,17 @@ OUTLINED int take_group(struct lane *l, struct vq *q, struct group *g, uint32_t 
 
 enum sent { SENT, BLOCKED, MEMORY_GONE };
 
-/* Write the frame of so many bytes that follows the guest's header to the port, with `header` in its place. */
-OUTLINED enum sent write_frame(struct lane *l, const struct taken *t, const struct net_header *header, uint64_t length)
+/* Write a frame to the port in one piece: a copy of it behind `header`. -> as write */
+static ssize_t write_staged(struct lane *l, const struct taken *t, const struct net_header *header, uint64_t length)
 {
-    struct flow_stats *stats = &l->stats.from_guest;
+    memcpy(l->staged, header, NET_HEADER);
+    pieces_copy(t->pieces, t->readable, NET_HEADER, l->staged + NET_HEADER, length, false);
+    return write(l->config.to_port, l->staged + NET_HEADER - l->config.port_header, length + l->config.port_header);
+}
+
+/* Write it straight from the guest's memory. -> as writev */
+static ssize_t write_pieces(struct lane *l, const struct taken *t, const struct net_header *header)
+{
     struct piece *pieces = t->pieces;
     uint32_t first = 0, skip = NET_HEADER;
 
@@ -92,7 +99,15 @@ OUTLINED enum sent write_frame(struct lane *l, const struct taken *t, const stru
         from--;
         count++;
     }
-    ssize_t written = writev(l->config.to_port, (const struct iovec *)from, (int)count);
+    return writev(l->config.to_port, (const struct iovec *)from, (int)count);
+}
+
+/* Write the frame of so many bytes that follows the guest's header to the port, with `header` in its place. */
+OUTLINED enum sent write_frame(struct lane *l, const struct taken *t, const struct net_header *header, uint64_t length)
+{
+    struct flow_stats *stats = &l->stats.from_guest;
+    ssize_t written = length <= STAGED_MAX ? write_staged(l, t, header, length) : write_pieces(l, t, header);
+
     if (likely(written == (ssize_t)(length + l->config.port_header))) {
         stats->frames++;
         stats->bytes += length;

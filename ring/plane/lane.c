@@ -86,7 +86,7 @@ int lane_held(const struct lane *l, uint8_t *out)
     if (!l->held)
         return 0;
     memcpy(out, &l->held_header, NET_HEADER);
-    memcpy(out + NET_HEADER, l->room, l->held);
+    memcpy(out + NET_HEADER, l->room + NET_HEADER, l->held);
     return (int)(NET_HEADER + l->held);
 }
 
@@ -96,6 +96,6 @@ int lane_hold(struct lane *l, const uint8_t *frame, uint32_t length)
         return RING_E_BUSY;
     l->held = length - NET_HEADER;
     memcpy(&l->held_header, frame, NET_HEADER);
-    memcpy(l->room, frame + NET_HEADER, l->held);
+    memcpy(l->room + NET_HEADER, frame + NET_HEADER, l->held);
     return RING_OK;
 }

@@ -11,6 +11,10 @@
 #include "header.h"
 #include "include.h"
 
+/* A frame up to here is copied on its way to or from the port, for the kernel takes longer over a call with several
+ * pieces than we over the copy. Bytes, without the header. */
+#define STAGED_MAX 1522
+
 /* What a lane has to do next. */
 enum work {
     WORK_FROM_GUEST = 1,
@@ -84,7 +88,8 @@ struct lane {
     struct delivery delivery; /* to the receiver */
 
     struct piece pieces[RING_PIECES_MAX + 3]; /* a private header before, a private tail behind */
-    uint8_t room[FRAME_ROOM];
+    uint8_t staged[NET_HEADER + STAGED_MAX]; /* from_guest: a frame that is written in one piece */
+    uint8_t room[NET_HEADER + FRAME_ROOM]; /* to_guest: header and frame that lie in private memory */
 };
 
 /* One direction each, for one ring format; called under the guard, with a queue that is not broken. */

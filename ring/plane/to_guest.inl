@@ -2,7 +2,7 @@
  *
  * How long the next frame is, nobody knows before it is read. So chains are popped for as much as the last
  * frame suggests, and the frame is read straight into them, with a private header before and a private tail
- * behind: readv([header][pieces...][tail]). A frame that reached into the tail is gathered in private memory
+ * behind: readv([header][pieces...][tail]). A short one is read into private memory and copied instead. A frame that reached into the tail is gathered in private memory
  * and put into more chains; chains too many are given back. The header, cleaned, with the number of buffers,
  * is written last. A frame for which the guest has too few buffers is held in private memory until it posts
  * more, and the port is not read meanwhile: back-pressure, not loss.
@@ -135,7 +135,7 @@ static enum received place_from_room(struct lane *l, struct vq *q, const struct 
     if (q->broken)
         return count_drop(&l->stats.to_guest, DROP_BAD_CHAIN), STOP;
     if (in.capacity >= wanted) {
-        pieces_copy(l->pieces + 1, in.pieces, NET_HEADER, l->room, length, true);
+        pieces_copy(l->pieces + 1, in.pieces, NET_HEADER, l->room + NET_HEADER, length, true);
         wrote_pieces(q, l->pieces + 1, in.pieces, NET_HEADER, length);
         complete(l, q, &in, &mine, length);
         return RECEIVED;
@@ -177,25 +177,33 @@ static bool above_mtu(const struct lane *l, const struct net_header *header, con
     return length > limit + 4 || type[0] != 0x81 || type[1] != 0x00;
 }
 
-/* Read one frame from the port and deliver it. */
-static enum received receive_frame(struct lane *l, struct vq *q)
+/* Read a frame into private memory in one piece, header and all, and copy as much of it as fits into the chains. What
+ * does not fit stays where it is, as the tail. -> as read */
+static ssize_t read_staged(struct lane *l, const struct intake *in, struct net_header *header)
 {
-    struct flow_stats *stats = &l->stats.to_guest;
-    struct net_header header = {0};
-    struct intake in = {0};
-    int status = take_chains(l, q, &in, l->expect);
+    struct piece *pieces = l->pieces + 1;
+    uint32_t before = l->config.port_header;
+    ssize_t got = read(l->config.from_port, l->room + NET_HEADER - before, before + FRAME_ROOM);
+    uint64_t fits = in->capacity - NET_HEADER < FRAME_ROOM ? in->capacity - NET_HEADER : FRAME_ROOM;
 
-    if (q->broken)
-        return STOP;
-    if (in.chains == 0)
-        return short_of(status);
+    pieces[in->pieces] = (struct piece){l->room + NET_HEADER + fits, FRAME_ROOM - fits};
+    if (got > (ssize_t)before) {
+        uint64_t length = (uint64_t)got - before;
+        memcpy(header, l->room, before);
+        pieces_copy(pieces, in->pieces, NET_HEADER, l->room + NET_HEADER, length < fits ? length : fits, true);
+    }
+    return got;
+}
 
+/* Read a frame straight into the chains. -> as readv */
+static ssize_t read_pieces(struct lane *l, const struct intake *in, struct net_header *header)
+{
     /* [header][chains without the room for their header][tail]; the first chain may keep its header's
      * room over several pieces */
     struct piece saved[NET_HEADER];
     struct piece *pieces = l->pieces + 1;
     uint32_t first = 0, skip = NET_HEADER;
-    while (first < in.pieces && pieces[first].len <= skip) {
+    while (first < in->pieces && pieces[first].len <= skip) {
         saved[first] = pieces[first];
         skip -= (uint32_t)pieces[first++].len;
     }
@@ -209,16 +217,35 @@ static enum received receive_frame(struct lane *l, struct vq *q)
     if (l->config.port_header) {
         from--;
         before = *from;
-        *from = (struct piece){(uint8_t *)&header, NET_HEADER};
+        *from = (struct piece){(uint8_t *)header, NET_HEADER};
     }
-    pieces[in.pieces] = (struct piece){l->room, sizeof(l->room)};
-    ssize_t got = readv(l->config.from_port, (const struct iovec *)from, (int)(pieces + in.pieces + 1 - from));
-    int error = errno;
+    pieces[in->pieces] = (struct piece){l->room + NET_HEADER, FRAME_ROOM};
+    ssize_t got = readv(l->config.from_port, (const struct iovec *)from, (int)(pieces + in->pieces + 1 - from));
     if (l->config.port_header)
         *from = before;
     for (uint32_t i = 0; i < first + (skip ? 1 : 0); i++)
         pieces[i] = saved[i];
-    if (got > (ssize_t)l->config.port_header) /* by the kernel, and whatever becomes of the frame */
+    return got;
+}
+
+/* Read one frame from the port and deliver it. */
+static enum received receive_frame(struct lane *l, struct vq *q)
+{
+    struct flow_stats *stats = &l->stats.to_guest;
+    struct net_header header = {0};
+    struct intake in = {0};
+    int status = take_chains(l, q, &in, l->expect);
+
+    if (q->broken)
+        return STOP;
+    if (in.chains == 0)
+        return short_of(status);
+
+    bool staged = l->expect == SMALL_FRAME;
+    struct piece *pieces = l->pieces + 1;
+    ssize_t got = staged ? read_staged(l, &in, &header) : read_pieces(l, &in, &header);
+    int error = errno;
+    if (got > (ssize_t)l->config.port_header) /* whatever becomes of the frame */
         wrote_pieces(q, pieces, in.pieces, NET_HEADER, (uint64_t)got - l->config.port_header);
 
     if (got < (ssize_t)(l->config.port_header + ETHERNET_HEADER)) {
@@ -252,8 +279,10 @@ static enum received receive_frame(struct lane *l, struct vq *q)
         return RECEIVED;
     }
     /* Longer than expected: gather the frame in the room and place it as if it had been held. */
-    memmove(l->room + (length - room_used), l->room, room_used);
-    pieces_copy(pieces, in.pieces, NET_HEADER, l->room, length - room_used, false);
+    if (!staged) {
+        memmove(l->room + NET_HEADER + (length - room_used), l->room + NET_HEADER, room_used);
+        pieces_copy(pieces, in.pieces, NET_HEADER, l->room + NET_HEADER, length - room_used, false);
+    }
     give_back(q, &in);
     l->expect = LARGE_FRAME;
     return place_from_room(l, q, &header, (uint32_t)length);
