@@ -94,6 +94,15 @@ def test_initramfs_has_what_init_needs(guest_image: ModuleType, modules: Path, t
     assert files["dev"][0] == 0o040755
 
 
+def test_modules_on_demand_lie_there_and_are_not_loaded(guest_image: ModuleType, tmp_path: Path) -> None:
+    busybox = tmp_path / "busybox"
+    busybox.write_bytes(b"static")
+    image = guest_image.build_initramfs(busybox, [], [("one.ko", b"1")], on_demand=[("pktgen.ko", b"2")])
+    files = _read_newc(image)
+    assert files["modules/pktgen.ko"] == (0o100644, b"2")
+    assert files["modules/order"][1] == b"one.ko\n"
+
+
 def test_initramfs_holds_a_whole_system_as_it_is(guest_image: ModuleType, tmp_path: Path) -> None:
     busybox, system = tmp_path / "busybox", tmp_path / "system"
     busybox.write_bytes(b"static")

@@ -9,6 +9,7 @@ from benchmarks.parts import PROJECT, Run, processors
 from benchmarks.results import Outcome
 
 SOURCE = Path(__file__).with_name("rings.c")
+BURSTS = 100  # in a sample
 
 
 def rings(run: Run) -> Outcome:
@@ -18,7 +19,8 @@ def rings(run: Run) -> Outcome:
     ring, program = PROJECT / "ring", run.folder / "rings"
     subprocess.run(["gcc", *sources.COMPILER_FLAGS, f"-I{ring}", SOURCE, *sources.compiled(ring), "-o", program],
                    check=True)
-    command = ["taskset", "-c", str(processors()[0]), str(program), str(run.count(5000, 2000))]
+    groups = run.count(50, 20)
+    command = ["taskset", "-c", str(processors()[0]), str(program), str(groups * BURSTS)]
     run.started(command)
     samples = parsed(subprocess.check_output(command, text=True, timeout=300))
     figures = [Figure(f"{shape}, {name} : split", "cost", "cycles/frame", gathered(values), gathered(of["split"]))
@@ -26,9 +28,9 @@ def rings(run: Run) -> Outcome:
     return Outcome("rings", "the same device on a split ring", tuple(figures))
 
 
-def gathered(bursts: list[float], groups: int = 50) -> tuple[float, ...]:
-    """The medians of so many groups of successive bursts; one burst is too short a sample."""
-    size = max(1, len(bursts) // groups)
+def gathered(bursts: list[float]) -> tuple[float, ...]:
+    """The medians of groups of successive bursts, of which one is too short a sample."""
+    size = min(BURSTS, len(bursts))
     return tuple(statistics.median(bursts[at:at + size]) for at in range(0, len(bursts) - size + 1, size))
 
 

@@ -44,10 +44,10 @@ def ratio(figure: Figure) -> str:
 
 def lines(outcome: Outcome) -> Iterator[str]:
     """For a terminal."""
-    yield f"{outcome.name}, against {outcome.peer}"
     if outcome.missing:
-        yield f"  not measured: {outcome.missing}"
+        yield f"{outcome.name}: not measured: {outcome.missing}"
         return
+    yield f"{outcome.name}, against {outcome.peer}"
     yield (f"  {'':44}{'vdev':>9}{'peer':>9}  {'unit':17}{'ratio':>6}  {'middle half':15}{'target':23}met")
     for figure in outcome.figures:
         verdict = {True: "yes", False: "NO", None: ""}[figure.met]
