@@ -60,6 +60,7 @@ def test_target_is_at_least_or_at_most_as_the_quantity_asks(bench: SimpleNamespa
     assert figure(bench, target=2.0).met is True and figure(bench, target=1.9).met is False
     assert figure(bench, target=2.0, more_is_better=True).met is True
     assert figure(bench, target=2.1, more_is_better=True).met is False
+    assert not figure(bench, kept=3).doubtful and figure(bench, kept=4).doubtful  # of six
     assert figure(bench, limit=20.0).met is True and figure(bench, limit=19.9, target=2.0).met is False
 
 
@@ -328,7 +329,7 @@ def some_results(bench: SimpleNamespace):
                "processor": "Some CPU", "processors": 2, "kernel": "6.1", "dpdk": "22.11", "mode": "quick",
                "load_average": 0.5}
     good = figure(bench, (10.0, 11.0, 12.0), (20.0, 22.0, 24.0), target=0.8, thrown_away=3)
-    bad = bench.figures.Figure("64 KB <of> & more", "rate", "Mbit/s", (1.0, 1.0), (100.0, 100.0), True, 0.9, kept=1,
+    bad = bench.figures.Figure("64 KB <of> & more", "rate", "Mbit/s", (1.0, 1.0), (100.0, 100.0), True, 0.9, kept=3,
                                notes=("the load of testpmd was saturated: judge by cost",))
     outcome = bench.results.Outcome
     return bench.results.Results(machine, (outcome("drop", "testpmd", (good, bad), commands=("vdev run",)),
@@ -350,7 +351,7 @@ def test_table_tells_what_was_wanted_and_what_is_missing(bench: SimpleNamespace)
     lines = list(bench.table.lines(outcomes[0]))
     assert re.search(r"cost, 64 B, split +11 +22 +ns/frame +0.50 +0.50 to 0.50 +at most 0.8 +yes$", lines[2])
     assert any("3 disturbed samples thrown away" in line for line in lines)
-    assert any(line.endswith("NO") for line in lines)
+    assert any(line.endswith("NO?") for line in lines)
     assert list(bench.table.lines(outcomes[1])) == ["many: not measured: not in this build"]
 
 
@@ -358,7 +359,8 @@ def test_page_gets_its_table_and_keeps_the_rest(bench: SimpleNamespace) -> None:
     page = f"# Title\n\n{bench.table.BEGIN}\nold\n{bench.table.END}\n\nthe end\n"
     made = bench.table.with_table(page, some_results(bench))
     assert made.startswith("# Title\n") and made.endswith("the end\n") and "old" not in made
-    assert "| drop | cost, 64 B, split | 11 | 22 | ns/frame | 0.50 | 0.50 to 0.50 | at most 0.8 | yes |" in made
+    assert "| drop | cost, 64 B, split | 11 | 22 | ns/frame | 0.50 | 0.50 to 0.50 | at most 0.8 | yes |  |" in made
+    assert "| at least 0.9 | **no**? | 3 of 4 |" in made
     assert bench.table.with_table(made, some_results(bench)) == made
     with pytest.raises(bench.table.PageError):
         bench.table.with_table("no marks here", some_results(bench))
@@ -444,6 +446,8 @@ def test_what_a_build_lacks_is_said(bench: SimpleNamespace, monkeypatch: pytest.
     monkeypatch.setattr(bench.catalogue, "why_no_testpmd", lambda: None)
     outcome = bench.catalogue.COMPARISONS["guest-to-guest"].outcome(asked)
     assert outcome.missing == "not in this build of vdev: switch:, --poll-us" and not outcome.figures
+    failing = bench.catalogue.Comparison("failing", lambda run: 1 // 0, testpmd=False)
+    assert failing.outcome(asked).missing == "it failed: integer division or modulo by zero"
     monkeypatch.setattr(bench.catalogue, "why_no_testpmd", lambda: "no testpmd")
     assert bench.catalogue.COMPARISONS["drop"].outcome(asked).missing == "no testpmd"
 

@@ -1,5 +1,6 @@
 """What tools/bench can compare, in the order in which it does."""
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,7 +33,7 @@ class Comparison:
         return self.run.__doc__.strip().splitlines()[0]
 
     def outcome(self, run: Run) -> Outcome:
-        """Make it; what this machine or this build lacks is said in the outcome."""
+        """Make it; what this machine or this build lacks, or what went wrong, is said in the outcome."""
         try:
             reason = why_no_testpmd() if self.testpmd else None
             if reason:
@@ -40,6 +41,9 @@ class Comparison:
             return replace(self.run(run), commands=tuple(run.commands))
         except NotHere as reason:
             return Outcome(self.name, "", missing=str(reason))
+        except Exception as error:  # the others go on
+            traceback.print_exc()
+            return Outcome(self.name, "", missing=f"it failed: {' '.join(str(error).split())[:200] or repr(error)}")
 
 
 COMPARISONS = {comparison.name: comparison for comparison in (

@@ -77,7 +77,7 @@ def legend() -> list[str]:
     for number_of, (colour, words) in enumerate(LEGEND):
         x = 12 + 100 * number_of
         parts += [f'<rect x="{x}" y="32" width="10" height="10" fill="{colour}"/>', text(x + 14, 41, words)]
-    return parts
+    return [*parts, text(12 + 100 * len(LEGEND), 41, "pale: most samples were disturbed")]
 
 
 def row(figure: Figure, y: float, scale: Scale) -> list[str]:
@@ -86,7 +86,7 @@ def row(figure: Figure, y: float, scale: Scale) -> list[str]:
     middle = y + ROW / 2
     parts = [text(LEFT - 8, middle + 4, f"{figure.quantity}, {figure.subject}", anchor="end"),
              f'<rect x="{min(one, end):.1f}" y="{y + 4}" width="{max(1.0, abs(end - one)):.1f}" height="{ROW - 8}" '
-             f'fill="{COLOURS[figure.met]}"/>',
+             f'fill="{COLOURS[figure.met]}" fill-opacity="{0.4 if figure.doubtful else 1}"/>',
              text(WIDTH - RIGHT + 8, middle + 4,
                   f"{ratio(figure)}  ({number(figure.median)} : {number(figure.peer_median)})")]
     if figure.quartiles and all(figure.quartiles):

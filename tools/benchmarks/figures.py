@@ -6,7 +6,7 @@ read on another day is more likely inside than outside.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,15 @@ class Figure:
             verdicts.append(self.median <= self.limit)
         return all(verdicts) if verdicts else None
 
-    def with_note(self, note: str) -> "Figure":
-        """The same with one more note."""
-        return replace(self, notes=(*self.notes, note))
+    @property
+    def samples(self) -> int:
+        """How many there are, of both sides."""
+        return len(self.ours) + len(self.peer)
+
+    @property
+    def doubtful(self) -> bool:
+        """Is it mostly made of disturbed samples?"""
+        return 2 * self.kept > self.samples
 
     def as_json(self) -> dict:
         """For the results file: the samples, and for people who read it what follows from them."""

@@ -8,6 +8,7 @@ from benchmarks.results import Outcome, Results
 
 BEGIN, END = "<!-- begin: written by tools/bench -->", "<!-- end: written by tools/bench -->"
 VERDICTS = {True: "yes", False: "**no**", None: ""}
+TERMINAL = {True: "yes", False: "NO", None: ""}
 
 
 def number(value: float | None) -> str:
@@ -27,6 +28,11 @@ def wanted(figure: Figure) -> str:
     if figure.limit is not None:
         words.append(f"under {figure.limit:g} {figure.unit}")
     return ", ".join(words)
+
+
+def verdict(figure: Figure, words: dict[bool | None, str]) -> str:
+    """Was the target met? With a question mark where most samples were disturbed."""
+    return words[figure.met] + ("?" if figure.met is not None and figure.doubtful else "")
 
 
 def spread(figure: Figure) -> str:
@@ -50,14 +56,13 @@ def lines(outcome: Outcome) -> Iterator[str]:
     yield f"{outcome.name}, against {outcome.peer}"
     yield (f"  {'':44}{'vdev':>9}{'peer':>9}  {'unit':17}{'ratio':>6}  {'middle half':15}{'target':23}met")
     for figure in outcome.figures:
-        verdict = {True: "yes", False: "NO", None: ""}[figure.met]
         what = f"{figure.quantity}, {figure.subject}"
         yield (f"  {what:44}{number(figure.median):>9}{number(figure.peer_median):>9}  {figure.unit:17}"
-               f"{ratio(figure):>6}  {spread(figure):15}{wanted(figure):23}{verdict}").rstrip()
+               f"{ratio(figure):>6}  {spread(figure):15}{wanted(figure):23}{verdict(figure, TERMINAL)}").rstrip()
         yield from (f"    {note}" for note in figure.notes)
         if figure.thrown_away:
             yield (f"    {figure.thrown_away} disturbed samples thrown away"
-                   + (f", {figure.kept} kept for want of better" if figure.kept else ""))
+                   + (f", {figure.kept} of {figure.samples} kept for want of better" if figure.kept else ""))
     yield from (f"  {note}" for note in outcome.notes)
 
 
@@ -69,8 +74,8 @@ def markdown(results: Results) -> str:
     about = (f"Taken on {machine['date'][:10]} at commit `{(vdev['commit'] or 'unknown')[:12]}`{changed}: "
              f"{machine['processor']}, {machine['processors']} processors, Linux {machine['kernel']}, "
              f"DPDK {machine['dpdk']}, {machine['mode']} run, load average before it {machine['load_average']:.2f}.")
-    rows = ["| comparison | what | vdev | peer | unit | ratio | middle half | target | met |",
-            "|---|---|---:|---:|---|---:|---|---|---|"]
+    rows = ["| comparison | what | vdev | peer | unit | ratio | middle half | target | met | disturbed |",
+            "|---|---|---:|---:|---|---:|---|---|---|---|"]
     notes = []
     for outcome in results.outcomes:
         if outcome.missing:
@@ -79,13 +84,12 @@ def markdown(results: Results) -> str:
         for figure in outcome.figures:
             rows.append(f"| {outcome.name} | {figure.quantity}, {figure.subject} | {number(figure.median)} | "
                         f"{number(figure.peer_median)} | {figure.unit} | {ratio(figure)} | {spread(figure)} | "
-                        f"{wanted(figure)} | {VERDICTS[figure.met]} |")
+                        f"{wanted(figure)} | {verdict(figure, VERDICTS)} | "
+                        f"{f'{figure.kept} of {figure.samples}' if figure.kept else ''} |")
             notes += [f"- {outcome.name}, {figure.quantity}, {figure.subject}: {note}." for note in figure.notes]
         notes += [f"- {outcome.name}: {note}." for note in outcome.notes]
-    figures = [figure for outcome in results.outcomes for figure in outcome.figures]
-    thrown, kept = (max((getattr(figure, name) for figure in figures), default=0) for name in ("thrown_away", "kept"))
-    notes.append(f"- Disturbed samples thrown away for one figure: at most {thrown}; kept for want of better: at most "
-                 f"{kept}.")
+    thrown = max((figure.thrown_away for outcome in results.outcomes for figure in outcome.figures), default=0)
+    notes.append(f"- Disturbed samples thrown away for one figure: at most {thrown}.")
     return "\n".join([BEGIN, "", about, "", *rows, "", *notes, "", END])
 
 

@@ -83,7 +83,8 @@ class ToGuest(Side):
         disturbance = watch.disturbance()
         after = self._backend.account()
         frames = received - began if after.frames is None else after.frames - before.frames
-        if frames < fed // 4:  # it was done before it was asked
+        # The queue was still full, it was done before it was asked, or never got a processor.
+        if frames < self._number // 4:
             return {"rate": 0.0}, 1.0
         return {"rate": frames / (after.busy - before.busy)}, disturbance
 
