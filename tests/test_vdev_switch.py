@@ -2,11 +2,15 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from vdev.ports import PortError
+from vdev.ports.switch import Switch, SwitchPort
 from vdev.testing.daemon import Daemon
 from vdev.testing.netns import Namespace, why_no_tap
 from vdev.testing.scripted import ScriptedGuest
@@ -169,6 +173,37 @@ def test_what_does_not_go_with_a_switch_is_said(options: list[str], words: str,
     assert main(["run", *options, "--check-config"]) == 2
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0]
+
+
+def test_a_command_line_does_not_wait_for_the_c_core() -> None:
+    loaded = subprocess.run([sys.executable, "-c", "import sys, vdev.run_options; print('ring._core' in sys.modules)"],
+                            capture_output=True, text=True, check=True, timeout=60)
+    assert loaded.stdout == "False\n"
+
+
+def test_a_device_goes_on_as_another_member_when_a_worker_is_stuck() -> None:
+    switch = Switch("lan")
+    other, port = SwitchPort(switch, 1), SwitchPort(switch, 1)
+    stuck = port.member
+    for member in (other.member, stuck):
+        member.spread(1)
+    stuck.learn(mac(7))
+    port.abandoned()
+    assert port.member.number not in (stuck.number, other.member.number)
+    port.announce(mac(7))
+    assert stuck.fabric.find(mac(7)) == port.member.number
+    port.close()
+    assert SwitchPort(switch, 1).member.number != stuck.number  # whose place stays the worker's
+
+
+def test_a_switch_has_so_many_ports() -> None:
+    switch = Switch("lan")
+    ports = [SwitchPort(switch, 1) for _ in range(64)]
+    with pytest.raises(PortError, match="switch:lan: a switch has 64 members at the most; put some devices on"):
+        SwitchPort(switch, 1)
+    for port in ports:
+        port.close()
+    switch.close()
 
 
 def test_a_file_can_say_all_of_it(tmp_path: Path) -> None:

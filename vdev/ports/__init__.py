@@ -3,6 +3,8 @@
 base.py says what a port is, spec.py how one is written; every other kind is a module of its own.
 """
 
+from typing import TYPE_CHECKING
+
 from vdev.handover import HandoverError, Take
 from vdev.options import OptionError
 from vdev.ports.base import Port, PortError, PortPart
@@ -10,8 +12,10 @@ from vdev.ports.loopback import Loopback
 from vdev.ports.null import Null
 from vdev.ports.responder import Responder
 from vdev.ports.spec import LoopbackSpec, NullSpec, PortSpec, ResponderSpec, SwitchSpec, TapSpec, parse_port
-from vdev.ports.switch import Switch, SwitchPort
 from vdev.ports.tap import Tap
+
+if TYPE_CHECKING:
+    from vdev.ports.switch import Switch
 
 __all__ = ["Port", "PortError", "adopt_port", "default_port", "open_port"]
 
@@ -23,7 +27,7 @@ _KINDS: dict[type[PortSpec], type[Tap | Responder | Loopback | Null]] = {
 }
 
 
-def open_port(spec: PortSpec | None, queue_pairs: int, switch: Switch | None = None) -> Port:
+def open_port(spec: PortSpec | None, queue_pairs: int, switch: "Switch | None" = None) -> Port:
     """Open the port ``spec`` describes; None means :func:`default_port`.
 
     queue_pairs: how many are wanted (1 or more); ``carries.queue_pairs`` tells how many there are. switch: the one
@@ -35,6 +39,8 @@ def open_port(spec: PortSpec | None, queue_pairs: int, switch: Switch | None = N
     if isinstance(spec, SwitchSpec):
         if switch is None:
             raise PortError(f"{spec}: a switch joins the devices of one daemon, and there is none here")
+        from vdev.ports.switch import SwitchPort  # with the C core, which a wrong command line need not wait for
+
         return SwitchPort(switch, queue_pairs)
     try:
         return _KINDS[type(spec)].open(spec, queue_pairs)
