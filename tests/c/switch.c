@@ -2,6 +2,8 @@
  * by byte and for its order. Each that does not arrive must be counted. Under ThreadSanitizer workers, drivers and the
  * thread that attaches and detaches have nothing between them but the rings' ordering and the doors. */
 #define _GNU_SOURCE
+#include <pthread.h>
+
 #include "station.h"
 #include "../../ring/plane/batch.h"
 
@@ -212,3 +214,92 @@ static void stuck_inside(uint64_t ring)
     fabric_free(f);
 }
 EACH_FORMAT(stuck_inside)
+
+/* ------------------------------------------------------------------------------------------ hostile drivers */
+
+#if defined(__SANITIZE_THREAD__)
+#define THREADS_ARE_WATCHED 1
+#else
+#define THREADS_ARE_WATCHED 0
+#endif
+
+struct scribbler {
+    struct guest *g;
+    int kick;
+    pthread_t thread;
+    bool stop;
+};
+
+/* Make random chains available: any addresses inside and around guest memory, any lengths, any flags. */
+static void *scribble(void *argument)
+{
+    struct scribbler *s = argument;
+    struct guest *g = s->g;
+    uint64_t random = 7;
+
+    while (!__atomic_load_n(&s->stop, __ATOMIC_RELAXED)) {
+        const struct guest_region *r = &g->regions[next_random(&random) % g->count];
+        uint64_t addr = r->gpa + next_random(&random) % (r->size + 64);
+        uint32_t len = (uint32_t)(next_random(&random) % 2000), at = g->next;
+        uint16_t flags = (uint16_t)(next_random(&random) % 8);
+        if (at == 0)
+            CHECK_EQ(eventfd_write(s->kick, 1), 0);
+        if (g->is_packed) {
+            const struct packed_desc *to = &g->packed[at];
+            uint16_t now = load16(&to->flags);
+            if (!(now & PACKED_F_AVAIL) == !(now & PACKED_F_USED))
+                guest_put(g, (struct packed_desc){addr, len, (uint16_t)at, flags});
+        } else {
+            g->desc[at] = (struct vring_desc){addr, len, flags, (uint16_t)(next_random(&random) % (g->config.size + 1))};
+            if ((uint16_t)(g->avail->idx - load16(&g->used->idx)) < g->config.size)
+                guest_offer(g, (uint16_t)at);
+            g->next = (at + 1) % g->config.size;
+        }
+    }
+    return NULL;
+}
+
+/* A driver that posts anything as buffers, and one that sends anything, beside two that are honest. */
+static void hostile_beside_honest(uint64_t ring)
+{
+    struct fabric *f = fabric_new(5);
+    struct station s[4];
+    struct scribbler scribblers[2];
+    struct lane_stats gets, sends;
+
+    if (THREADS_ARE_WATCHED) /* a race with memory that such a driver writes at any time is no mistake */
+        return fabric_free(f);
+    for (int i = 0; i < 4; i++)
+        station_init(&s[i], f);
+    make_source(&s[0], SOURCE(.frames = FRAMES, .batch = 32), ring, 1, 255);
+    make_sink(&s[1], SINK(256), ring, 1, 255);
+    make_sink(&s[2], SINK(64), ring | INDIRECT | MRG_RXBUF, 1, 255);
+    make_source(&s[3], SOURCE(.batch = 1), ring | INDIRECT, 2, 255);
+    for (int i = 0; i < 4; i++)
+        station_attach(&s[i]);
+    scribblers[0] = (struct scribbler){.g = &s[2].gets, .kick = s[2].kick[1]};
+    scribblers[1] = (struct scribbler){.g = &s[3].sends, .kick = s[3].kick[0]};
+    for (int i = 0; i < 2; i++)
+        CHECK_EQ(pthread_create(&scribblers[i].thread, NULL, scribble, &scribblers[i]), 0);
+    CHECK_EQ(driver_start(s[1].sink), 0);
+    CHECK_EQ(driver_start(s[0].source), 0);
+    CHECK_EQ(driver_wait(s[0].source, 60000), 1);
+    do {
+        lane_stats_get(s[2].lane, &gets);
+        lane_stats_get(s[3].lane, &sends);
+    } while ((!gets.to_guest.bad_chains && !s[2].gets.q->broken) ||
+             (!sends.from_guest.bad_chains && !s[3].sends.q->broken)); /* it was heard of both */
+    for (int i = 0; i < 2; i++) {
+        __atomic_store_n(&scribblers[i].stop, true, __ATOMIC_RELAXED);
+        CHECK_EQ(pthread_join(scribblers[i].thread, NULL), 0);
+    }
+    for (int i = 0; i < 4; i++)
+        station_detach(&s[i]);
+    check_driver(s[0].source);
+    check_driver(s[1].sink);
+    CHECK(arrived(&s[1]) > 0);
+    for (int i = 0; i < 4; i++)
+        station_end(&s[i]);
+    fabric_free(f);
+}
+EACH_FORMAT(hostile_beside_honest)
