@@ -120,7 +120,7 @@ static void deliver_frame(struct lane *l, struct vq *q, const struct frame *f)
 {
     struct net_header header = f->header;
 
-    if (unlikely(header_to_guest(&header, l->config.features)))
+    if (unlikely(!header_is_zero(&header) && header_to_guest(&header, l->config.features)))
         return deliver_made_up(l, q, f);
     place_fitting(l, q, &header, f->head, f->pieces, f->length);
 }

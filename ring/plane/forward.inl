@@ -27,7 +27,8 @@ static int take_frame(struct lane *l, uint32_t i)
         pieces_copy(pieces, f->count, 0, f->head, HEAD_BYTES, false);
     __asm__ volatile("" : "+m"(f->head)); /* decide on this copy, not on a second read of its source */
     f->length -= NET_HEADER;
-    if (header_from_guest(&f->header, f->length, l->config.features, l->config.gso_size_min))
+    if (!header_is_zero(&f->header) &&
+        header_from_guest(&f->header, f->length, l->config.features, l->config.gso_size_min))
         return DROP_BAD_HEADER;
     if (unlikely(l->mac_due)) {
         memcpy(l->guest_mac, f->ethernet + MAC, MAC);
