@@ -132,7 +132,8 @@ def test_disturbed_samples_are_thrown_away_and_counted(bench: SimpleNamespace) -
     sides = [side(bench, "vdev", (1.0, 0.1), (2.0, 1e-6), (3.0, 0.0)), side(bench, "peer", (4.0, 0.0))]
     samples = bench.rounds.interleave(sides, 1, 0)
     assert samples.of("vdev", "rate") == (3.0,)
-    assert (samples.thrown_away, samples.kept) == (2, 0)
+    made = samples.figure("64 B", "rate", "frames/s", "peer")
+    assert (made.thrown_away, made.kept) == (2, 0)
 
 
 def test_a_machine_that_is_never_quiet_gives_the_best_sample_there_was_and_says_so(bench: SimpleNamespace) -> None:
@@ -141,7 +142,7 @@ def test_a_machine_that_is_never_quiet_gives_the_best_sample_there_was_and_says_
     sides = [side(bench, "vdev", *[(float(number), disturbance) for number, disturbance in enumerate(disturbances)])]
     samples = bench.rounds.interleave(sides, 1, 0)
     assert samples.of("vdev", "rate") == (1.0,)
-    assert (samples.thrown_away, samples.kept) == (attempts - 1, 1)
+    assert (samples.thrown_away["vdev"], samples.kept["vdev"]) == (attempts - 1, 1)
 
 
 def state(pid: int) -> str:

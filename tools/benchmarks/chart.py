@@ -75,9 +75,9 @@ def legend() -> list[str]:
     """What the colours say."""
     parts = []
     for number_of, (colour, words) in enumerate(LEGEND):
-        x = 12 + 100 * number_of
+        x = 12 + 110 * number_of
         parts += [f'<rect x="{x}" y="32" width="10" height="10" fill="{colour}"/>', text(x + 14, 41, words)]
-    return [*parts, text(12 + 100 * len(LEGEND), 41, "pale: most samples were disturbed")]
+    return [*parts, text(12 + 110 * len(LEGEND), 41, "pale: most samples were disturbed")]
 
 
 def row(figure: Figure, y: float, scale: Scale) -> list[str]:

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -68,12 +69,12 @@ def frozen(sides: Sequence[Side]) -> Iterator[None]:
 
 @dataclass
 class Samples:
-    """What rounds gave: side -> quantity -> a value a round; how many samples were thrown away, and how many rounds
-    kept a disturbed one because every attempt was."""
+    """What rounds gave: side -> quantity -> a value a round; for each side how many samples were thrown away, and how
+    many are disturbed ones that were kept because every attempt was."""
 
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    thrown_away: int = 0
-    kept: int = 0
+    thrown_away: Counter[str] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
 
     def of(self, side: str, quantity: str) -> tuple[float, ...]:
         """One row."""
@@ -83,7 +84,8 @@ class Samples:
                **about: object) -> Figure:
         """What the rounds say of ``quantity``, each sample times ``scale``; ``about`` as Figure has it."""
         rows = (tuple(value * scale for value in self.of(side, quantity)) for side in (ours, peer))
-        return Figure(subject, quantity, unit, *rows, thrown_away=self.thrown_away, kept=self.kept, **about)
+        return Figure(subject, quantity, unit, *rows, thrown_away=self.thrown_away[ours] + self.thrown_away[peer],
+                      kept=self.kept[ours] + self.kept[peer], **about)
 
     def add(self, side: str, sample: Sample) -> None:
         """One more round of ``side``."""
@@ -99,8 +101,8 @@ def interleave(sides: Sequence[Side], rounds: int, seconds: float, into: Samples
             for side in sides if number % 2 else sides[::-1]:
                 sample, thrown, kept = undisturbed(side, seconds)
                 samples.add(side.name, sample)
-                samples.thrown_away += thrown
-                samples.kept += kept
+                samples.thrown_away[side.name] += thrown
+                samples.kept[side.name] += kept
     return samples
 
 
