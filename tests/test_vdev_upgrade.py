@@ -76,8 +76,9 @@ class Stream:
 
     WINDOW = 100
 
-    def __init__(self, guest):
+    def __init__(self, guest, now):
         self._guest = guest
+        self._now = now  # the daemon that serves
         self.sent = 0
         self.received = []
         self._failure = None
@@ -106,7 +107,8 @@ class Stream:
     def advance(self, count=200):
         """Wait until so many more frames have gone round."""
         goal = len(self.received) + count
-        wait_until(lambda: len(self.received) >= goal or self._failure, lambda: f"stuck at {len(self.received)}")
+        wait_until(lambda: len(self.received) >= goal or self._failure,
+                   lambda: f"stuck at {len(self.received)}; {self._now().child.log()}")
 
     def __enter__(self):
         self._left = SECONDS
@@ -124,7 +126,7 @@ class Stream:
 @pytest.mark.parametrize("features", RINGS.values(), ids=RINGS.keys())
 def test_upgrade_under_traffic_loses_and_doubles_nothing(line, features):
     running = line("--port", "loopback:")
-    with ScriptedGuest.connect(running.path, features=features) as guest, Stream(guest) as stream:
+    with ScriptedGuest.connect(running.path, features=features) as guest, Stream(guest, lambda: running.now) as stream:
         stream.advance()
         taken = running.succeed()
         stream.advance()
@@ -144,7 +146,7 @@ def test_upgrade_under_traffic_loses_and_doubles_nothing(line, features):
                          ids=["split", "packed"])
 def test_fifty_upgrades_in_a_row_under_traffic_leave_nothing_behind(line, features):
     running = line("--port", "loopback:")
-    with ScriptedGuest.connect(running.path, features=features) as guest, Stream(guest) as stream:
+    with ScriptedGuest.connect(running.path, features=features) as guest, Stream(guest, lambda: running.now) as stream:
         seen = []
         for _ in range(50):
             running.succeed()
@@ -159,7 +161,8 @@ def test_fifty_upgrades_in_a_row_under_traffic_leave_nothing_behind(line, featur
 @pytest.mark.parametrize("features", RINGS.values(), ids=RINGS.keys())
 def test_successor_may_have_other_workers(line, features):
     running = line("--port", "loopback:", "--queue-pairs", "2", "--workers", "direction")
-    with ScriptedGuest.connect(running.path, features=features, queue_pairs=2) as guest, Stream(guest) as stream:
+    with ScriptedGuest.connect(running.path, features=features, queue_pairs=2) as guest, \
+            Stream(guest, lambda: running.now) as stream:
         for workers in ("1", "direction", "pair", "device"):
             stream.advance(50)
             running.succeed("--workers", workers, "--poll-us", "always" if workers == "pair" else "50",
@@ -299,7 +302,7 @@ def test_several_devices_and_one_without_a_front_end(tmp_path):
         old = Daemon([*options, "--upgrade-path", upgrade])
         cleanup.callback(old.child.kill)
         first, last = (cleanup.enter_context(ScriptedGuest.connect(path)) for path in (paths[0], paths[2]))
-        with Stream(first) as one, Stream(last) as two:
+        with Stream(first, lambda: old) as one, Stream(last, lambda: old) as two:
             one.advance()
             new = Daemon([*options, "--upgrade-from", upgrade])  # the same options may be given again
             cleanup.callback(new.child.kill)
@@ -433,7 +436,7 @@ FAILURES = {"dies": "has gone", "garbage": "no message of a vdev", "failed": "th
 
 def test_successor_that_fails_at_any_step_leaves_the_old_one_running(line):
     running = line("--port", "loopback:")
-    with ScriptedGuest.connect(running.path) as guest, Stream(guest) as stream:
+    with ScriptedGuest.connect(running.path) as guest, Stream(guest, lambda: running.now) as stream:
         before = _held_by(running.now)
         for count, (step, how) in enumerate(itertools.product(("nothing", "rehearsal", "state"), FAILURES), 1):
             successor = Successor(running.upgrade)
@@ -451,7 +454,7 @@ def test_successor_that_fails_at_any_step_leaves_the_old_one_running(line):
 
 def test_successor_that_says_nothing_while_frames_stand_still(line):
     running = line("--port", "loopback:")
-    with ScriptedGuest.connect(running.path) as guest, Stream(guest) as stream:
+    with ScriptedGuest.connect(running.path) as guest, Stream(guest, lambda: running.now) as stream:
         successor = Successor(running.upgrade)
         successor.up_to("state")
         stream.advance()  # after ANSWER_SECONDS
@@ -515,7 +518,7 @@ LESS = "import vdev.net.offer as o; o.ALWAYS &= ~(1 << 15); from vdev.cli import
 
 def test_successor_with_less_or_other_options_is_refused(line):
     running = line("--port", "loopback:")
-    with ScriptedGuest.connect(running.path) as guest, Stream(guest) as stream:
+    with ScriptedGuest.connect(running.path) as guest, Stream(guest, lambda: running.now) as stream:
         for options, why in [
             (["--socket-path", running.path, "--port", "null:"], "port is loopback: in the vdev that runs, null: here"),
             (["--socket-path", running.path, "--queue-pairs", "2"], "net0: queue-pairs is 1 in"),

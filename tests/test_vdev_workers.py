@@ -1,7 +1,10 @@
 """Which worker serves what: every way to spread lanes, workers that several devices share, and one that gets stuck."""
 
+import contextlib
 import functools
 import os
+import re
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -34,7 +37,15 @@ def patience(monkeypatch):
 
 
 def threads() -> set[str]:
-    return set(os.listdir("/proc/self/task"))
+    """Those of workers: in them all signals are blocked but those of faults."""
+    found = set()
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has ended
+            status = Path("/proc/self/task", task, "status").read_text()
+            blocked = int(re.search(r"^SigBlk:\s*([0-9a-f]+)$", status, re.MULTILINE)[1], 16)
+            if blocked >> (signal.SIGTERM - 1) & 1:
+                found.add(task)
+    return found
 
 
 def place(task: Path) -> str:
@@ -128,7 +139,7 @@ def test_frames_both_ways(spread, poll_us, features):
     with ServedDevice(WirePort(PAIRS), workers=Workers(spread, ALLOWED[-1:], poll_us)) as served:
         made = threads() - before
         threads_of_workers = {"device": 1, "pair": PAIRS, "direction": 2 * PAIRS}.get(spread, spread)
-        assert len(made) == threads_of_workers + 1  # and the test's own
+        assert len(made) == threads_of_workers
         with ScriptedGuest(served.connect(), features=features, queue_pairs=PAIRS) as guest:
             for _ in range(3):
                 for pair in range(PAIRS):
@@ -180,11 +191,6 @@ def test_device_that_is_paused_or_goes_leaves_the_others_running(features, poll_
             both_ways(other, guest)
 
 
-def workers_now() -> set[str]:
-    """Threads that are not Python's."""
-    return threads() - {str(thread.native_id) for thread in threading.enumerate()}
-
-
 def get_stuck(worker: str, served: ServedDevice, guest: ScriptedGuest) -> None:
     """The port blocks, as no port does, and takes no more: the worker sleeps though it has work."""
     os.set_blocking(served.port.ends(0).to_port, True)
@@ -225,7 +231,7 @@ def test_stuck_worker_ends_the_sessions_of_all_that_share_it(first, poll_us):
         with ScriptedGuest(other.connect(), features=PLAIN) as guest, \
                 ScriptedGuest(one.connect(), features=PLAIN, size=64) as culprit:
             both_ways(other, guest)
-            (worker,) = workers_now()
+            (worker,) = threads() - before
             get_stuck(worker, one, culprit)
             notices, learns = (one, other) if first == "stuck" else (other, one)
             front_end = culprit.front_end if first == "stuck" else guest.front_end
@@ -236,7 +242,7 @@ def test_stuck_worker_ends_the_sessions_of_all_that_share_it(first, poll_us):
         assert one.device.engine.abandoned == other.device.engine.abandoned == 1
         with ScriptedGuest(other.connect(), features=PLAIN) as guest:
             both_ways(other, guest)
-            assert worker in workers_now() and len(workers_now()) == 2
+            assert worker in threads() and len(threads() - before) == 2
             free(one)
             wait_until(lambda: drain(one.port.wire[0]) or worker not in threads(), "it is still there")
             drain(one.port.wire[0])
@@ -253,9 +259,9 @@ def test_device_that_is_kept_apart_shares_no_worker():
             ScriptedGuest(one.connect(), features=PLAIN) as waiting, \
             ScriptedGuest(other.connect(), features=PLAIN) as guest:
         both_ways(one, waiting)
-        shared = workers_now()
+        shared = threads() - before
         one.call(lambda: one.device.engine.keep_apart(True))
-        (own,) = workers_now() - shared
+        (own,) = threads() - before - shared
         both_ways(one, waiting)
         get_stuck(own, one, waiting)
         both_ways(other, guest)
@@ -264,7 +270,7 @@ def test_device_that_is_kept_apart_shares_no_worker():
         assert waiting.driver.reclaim_all(10)
         drain(one.port.wire[0])
         one.call(lambda: one.device.engine.keep_apart(False))
-        assert workers_now() == shared
+        assert threads() - before == shared
         both_ways(one, waiting)
         both_ways(other, guest)
     assert threads() == before
