@@ -461,6 +461,8 @@ def test_commands_are_told_without_what_belongs_to_the_machine(bench: SimpleName
     assert asked.commands == ["python -m vdev run --socket-path 1.sock"]
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_comparison_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
     """That it measures both sides; what comes out is for a quiet machine."""
     missing = why_no_testpmd()
