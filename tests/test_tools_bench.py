@@ -149,6 +149,10 @@ def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+def program(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
 def test_a_side_that_is_not_measured_stands_still(bench: SimpleNamespace) -> None:
     with subprocess.Popen(["sleep", "100"]) as one, subprocess.Popen(["sleep", "100"]) as other:
         try:
@@ -201,6 +205,8 @@ def test_a_thread_that_had_to_share_its_processor_was_disturbed(bench: SimpleNam
         try:
             threads = [thread for child in (one, other) for thread in bench.quiet.thread_ids(child.pid)]
             before = bench.quiet.involuntary_switches(threads)
+            # Until it sleeps it is a program being started, which others may well interrupt.
+            wait_until(lambda: state(calm.pid) == "S" and program(calm.pid) == "sleep", "the calm one asleep")
             watch, quiet = bench.quiet.Watch(threads), bench.quiet.involuntary_switches([calm.pid])
             deadline = time.monotonic() + 20
             while bench.quiet.involuntary_switches(threads) < before + 3 and time.monotonic() < deadline:

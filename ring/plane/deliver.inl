@@ -49,8 +49,7 @@ static void place(struct lane *l, struct vq *q, struct net_header *header, const
     if (unlikely(q->broken))
         return count_drop(stats, DROP_STOPPED);
     if (unlikely(in.capacity < NET_HEADER + length)) {
-        bool never = in.chains == q->size || status == RING_E_PIECES ||
-                     (in.chains && !(l->config.features >> NET_F_MRG_RXBUF & 1));
+        bool never = can_never_fit(l, q, &in, status);
         give_back(q, &in);
         if (status == RING_E_MISS) {
             d->waiting = true;

@@ -174,21 +174,6 @@ static void miss(uint64_t *counter, uint64_t frames)
 
 /* ---------------------------------------------------------------------------------------- delivery */
 
-static const struct directions *directions_to(const struct lane *l)
-{
-    return l->config.to_guest.queue->is_packed ? &packed_directions : &split_directions;
-}
-
-/* -> false: memory vanished. A function of its own: a jump lands here and meets no changed local. */
-static __attribute__((noinline)) bool guarded(struct lane *l, void (*step)(struct lane *))
-{
-    if (guard_enter())
-        return false;
-    step(l);
-    guard_leave();
-    return true;
-}
-
 static bool is_set(const int32_t *owner)
 {
     return __atomic_load_n(owner, __ATOMIC_RELAXED);
@@ -217,12 +202,12 @@ static bool deliver_to_ring(const struct lane *from, struct lane *to, uint64_t f
         to->stats.to_guest.dropped[DROP_STOPPED] += (uint64_t)__builtin_popcountll(frames);
         return true;
     }
-    if (!guarded(to, directions_to(to)->deliver)) {
+    if (!guarded(to, directions_of(q)->deliver)) {
         /* whose address it was, the handler has marked */
         const struct vq *sending = from->config.from_guest.queue;
         sender_is_there = !sending || !is_set(sending->mem->owner);
         if (sender_is_there || is_set(q->mem->owner) || (q->log && is_set(q->log->owner)) ||
-            !guarded(to, directions_to(to)->take_back))
+            !guarded(to, directions_of(q)->take_back))
             receiver_gone(to);
     }
     lane_report(to);

@@ -15,20 +15,16 @@ static int take_frame(struct lane *l, uint32_t i)
     struct piece *pieces = f->pieces;
     uint32_t first = 0, skip = NET_HEADER;
 
-    if (!l->config.from_guest.enabled)
-        return DROP_DISABLED;
-    if (f->writable) /* 5.1.6.2: a transmitted packet is device-readable only */
-        return stats->bad_chains++, DROP_BAD_CHAIN;
-    if (f->length < HEAD_BYTES || f->length > NET_HEADER + l->config.max_frame)
-        return DROP_BAD_LENGTH;
+    int dropped = refused(l, f->writable, f->length);
+    if (unlikely(dropped >= 0))
+        return dropped;
     if (likely(pieces->len >= HEAD_BYTES))
         memcpy(f->head, pieces->base, HEAD_BYTES);
     else
         pieces_copy(pieces, f->count, 0, f->head, HEAD_BYTES, false);
     __asm__ volatile("" : "+m"(f->head)); /* decide on this copy, not on a second read of its source */
     f->length -= NET_HEADER;
-    if (!header_is_zero(&f->header) &&
-        header_from_guest(&f->header, f->length, l->config.features, l->config.gso_size_min))
+    if (!may_say(l, &f->header, f->length))
         return DROP_BAD_HEADER;
     if (unlikely(l->mac_due)) {
         memcpy(l->guest_mac, f->ethernet + MAC, MAC);
@@ -41,7 +37,7 @@ static int take_frame(struct lane *l, uint32_t i)
     pieces[first].len -= skip;
     f->pieces += first;
     f->count -= first;
-    int dropped = fabric_route(l->config.member, l->batch, i);
+    dropped = fabric_route(l->config.member, l->batch, i);
     if (unlikely(dropped))
         return dropped;
     stats->frames++;

@@ -3,8 +3,8 @@
  * Chains are popped in groups, and what each begins with is fetched into the cache meanwhile: the driver has just
  * written it, on another processor. Then each chain's first 12 bytes are copied to private memory, checked and cleaned
  * (header.c), and that copy goes to the port: together with the rest of the chain, straight from guest memory,
- * writev([header][pieces...]), or, if the frame is short, with a copy of it. Then the chain is pushed, length 0. Used entries are published once a burst,
- * after the writes: if we die in between, a frame may leave twice, never not at all.
+ * writev([header][pieces...]), or, if the frame is short, with a copy of it. Then the chain is pushed, length 0. Used
+ * entries are published once a burst, after the writes: if we die in between, a frame may leave twice, never not at all.
  *
  * A port that takes no more gets its chain back into the ring, and the lane waits until it is writable. A
  * disabled queue, a port that is gone and a null port are drained: the guest must not be held up by them.
@@ -125,6 +125,25 @@ OUTLINED enum sent write_frame(struct lane *l, const struct taken *t, const stru
     return count_drop(stats, DROP_PORT), SENT;
 }
 
+/* A chain that broke no rule of the ring, of so many readable bytes: does it hold a frame that is to be sent?
+ * -> -1, or the enum drop_reason */
+INLINED int refused(struct lane *l, bool writable, uint64_t readable_len)
+{
+    if (!l->config.from_guest.enabled)
+        return DROP_DISABLED;
+    if (unlikely(writable)) /* 5.1.6.2: a transmitted packet is device-readable only */
+        return l->stats.from_guest.bad_chains++, DROP_BAD_CHAIN;
+    if (readable_len < NET_HEADER + ETHERNET_HEADER || readable_len > NET_HEADER + (uint64_t)l->config.max_frame)
+        return DROP_BAD_LENGTH;
+    return -1;
+}
+
+/* May the driver say this of its frame of `length` bytes? See header_from_guest. */
+INLINED bool may_say(const struct lane *l, struct net_header *header, uint64_t length)
+{
+    return header_is_zero(header) || !header_from_guest(header, length, l->config.features, l->config.gso_size_min);
+}
+
 /* Give the frame of one chain to the port. */
 INLINED enum sent send_frame(struct lane *l, const struct taken *t)
 {
@@ -135,19 +154,16 @@ INLINED enum sent send_frame(struct lane *l, const struct taken *t)
         count_bad_chain(l, stats, t->status);
         return count_drop(stats, DROP_BAD_CHAIN), SENT;
     }
-    if (!l->config.from_guest.enabled)
-        return count_drop(stats, DROP_DISABLED), SENT;
-    if (unlikely(t->status == HAS_WRITABLE)) /* 5.1.6.2: a transmitted packet is device-readable only */
-        return count_drop(stats, DROP_BAD_CHAIN), stats->bad_chains++, SENT;
-    if (t->readable_len < NET_HEADER + ETHERNET_HEADER || t->readable_len > NET_HEADER + (uint64_t)l->config.max_frame)
-        return count_drop(stats, DROP_BAD_LENGTH), SENT;
+    int why = refused(l, t->status == HAS_WRITABLE, t->readable_len);
+    if (unlikely(why >= 0))
+        return count_drop(stats, (enum drop_reason)why), SENT;
     uint64_t length = t->readable_len - NET_HEADER;
     if (likely(t->pieces->len >= NET_HEADER))
         memcpy(&header, t->pieces->base, NET_HEADER);
     else
         pieces_copy(t->pieces, t->readable, 0, (uint8_t *)&header, NET_HEADER, false);
     __asm__ volatile("" : "+m"(header)); /* decide on this copy, not on a second read of its source */
-    if (!header_is_zero(&header) && header_from_guest(&header, length, l->config.features, l->config.gso_size_min))
+    if (!may_say(l, &header, length))
         return count_drop(stats, DROP_BAD_HEADER), SENT;
     if (l->config.to_port < 0)
         return count_drop(stats, DROP_NULL), SENT;

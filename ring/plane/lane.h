@@ -106,6 +106,14 @@ struct directions {
 };
 extern const struct directions split_directions, packed_directions;
 
+static inline const struct directions *directions_of(const struct vq *q)
+{
+    return q->is_packed ? &packed_directions : &split_directions;
+}
+
+/* Run a step under the guard. -> false: memory vanished */
+bool guarded(struct lane *l, void (*step)(struct lane *));
+
 /* Serve one direction until it is idle, blocked, or its budget is used up (then the work bit stays set).
  * Guest memory that vanishes sets memory_gone and is reported. The worker's thread is prepared for guards.
  * -> something was done. */

@@ -2,25 +2,26 @@
  * the SIGBUS guard, and what follows when guest memory vanishes. */
 #include "batch.h"
 
-/* Run one direction under the guard. A function of its own: a jump lands here and meets no changed local. */
-static __attribute__((noinline)) void guarded(struct lane *l, void (*direction)(struct lane *))
+/* A function of its own: a jump lands here and meets no changed local. */
+__attribute__((noinline)) bool guarded(struct lane *l, void (*step)(struct lane *))
 {
-    if (guard_enter()) {
-        l->memory_gone = true;
-        return;
-    }
-    direction(l);
+    if (guard_enter())
+        return false;
+    step(l);
     guard_leave();
+    return true;
+}
+
+/* Run a step over the lane's own ring. It may find out by itself that memory is gone. */
+static void run(struct lane *l, void (*step)(struct lane *))
+{
+    if (!guarded(l, step))
+        l->memory_gone = true;
 }
 
 static bool can_serve(const struct lane *l, const struct flow_config *flow)
 {
     return flow->queue && !flow->queue->broken && !l->memory_gone;
-}
-
-static const struct directions *directions_of(const struct vq *q)
-{
-    return q->is_packed ? &packed_directions : &split_directions;
 }
 
 /* `written`: how many of the lane's pieces may name buffers that were written. */
@@ -61,44 +62,56 @@ static uint64_t dealt_with(const struct flow_stats *stats)
 static void forward(struct lane *l, const struct directions *steps)
 {
     for (int i = 0; i < BURSTS && l->work & WORK_FROM_GUEST; i++) {
-        guarded(l, steps->gather);
+        run(l, steps->gather);
         if (l->memory_gone)
             fabric_discard(l->batch);
         else
             l->memory_gone = !fabric_deliver(l);
         if (l->memory_gone)
             return;
-        guarded(l, steps->settle);
+        run(l, steps->settle);
     }
+}
+
+/* What is measured of a turn: it counts if something was done in it. */
+struct turn {
+    uint64_t dealt_with, begun;
+};
+
+static struct turn begin_turn(const struct flow_stats *stats)
+{
+    return (struct turn){dealt_with(stats), time_stamp()};
+}
+
+/* -> something was done */
+static bool end_turn(struct flow_stats *stats, const struct turn *t)
+{
+    if (dealt_with(stats) == t->dealt_with)
+        return false;
+    stats->cycles += time_stamp() - t->begun;
+    return true;
 }
 
 static bool serve_uplink(struct lane *l)
 {
-    struct flow_stats *stats = &l->stats.from_guest;
-    uint64_t before = dealt_with(stats), begun = time_stamp();
+    struct turn t = begin_turn(&l->stats.from_guest);
 
     uplink_read(l);
-    if (dealt_with(stats) == before)
-        return false;
-    stats->cycles += time_stamp() - begun;
-    return true;
+    return end_turn(&l->stats.from_guest, &t);
 }
 
 static bool serve(struct lane *l, struct vq *q, struct flow_stats *stats, void (*direction)(struct lane *),
                   uint32_t written)
 {
-    uint64_t before = dealt_with(stats), begun = time_stamp();
+    struct turn t = begin_turn(stats);
 
     stats->bursts++;
     if (l->config.member)
         forward(l, directions_of(q));
     else
-        guarded(l, direction);
+        run(l, direction);
     after(l, q, written);
-    if (dealt_with(stats) == before)
-        return false;
-    stats->cycles += time_stamp() - begun;
-    return true;
+    return end_turn(stats, &t);
 }
 
 bool serve_from_guest(struct lane *l)

@@ -75,6 +75,13 @@ static int take_chains(struct lane *l, struct vq *q, struct intake *in, uint64_t
     return RING_OK;
 }
 
+/* Chains that end with `status` are too few for a frame: will they be with any more that the driver may post? */
+static bool can_never_fit(const struct lane *l, const struct vq *q, const struct intake *in, int status)
+{
+    return in->chains == q->size || status == RING_E_PIECES ||
+           (in->chains && !(l->config.features >> NET_F_MRG_RXBUF & 1));
+}
+
 static void give_back(struct vq *q, struct intake *in)
 {
     RING(unpop)(q, in->slots);
@@ -140,8 +147,7 @@ static enum received place_from_room(struct lane *l, struct vq *q, const struct 
         complete(l, q, &in, &mine, length);
         return RECEIVED;
     }
-    bool never = in.chains == q->size || status == RING_E_PIECES ||
-                 (in.chains && !(l->config.features >> NET_F_MRG_RXBUF & 1));
+    bool never = can_never_fit(l, q, &in, status);
     give_back(q, &in);
     if (never) {
         count_drop(&l->stats.to_guest, DROP_TOO_SMALL);

@@ -17,6 +17,19 @@ static inline void check_stats(const struct driver *d, uint64_t frames)
     CHECK_EQ(s.frames, frames);
 }
 
+/* Source and sink, stopped at any time: frames have arrived, and nothing of them is wrong. */
+static inline void check_flowed(struct driver *source, struct driver *sink)
+{
+    struct driver_stats sent, arrived;
+
+    driver_stats_get(source, &sent);
+    driver_stats_get(sink, &arrived);
+    for (int i = 0; i < DRIVER_ERRORS; i++)
+        CHECK_EQ(sent.errors[i] + arrived.errors[i], 0);
+    CHECK_EQ(arrived.lost, 0);
+    CHECK(arrived.frames > 0);
+}
+
 /* All frames of a source to a sink, through a port that leads from one to the other. */
 static inline void loop_on(const struct pump_config *worker, uint64_t features, struct driver_config transmit,
                            struct driver_config receive)

@@ -103,13 +103,7 @@ static void F20_taken_back_and_lent_again(uint64_t ring)
     }
     driver_stop(source);
     driver_stop(sink);
-    struct driver_stats sent, arrived;
-    driver_stats_get(source, &sent);
-    driver_stats_get(sink, &arrived);
-    for (int i = 0; i < DRIVER_ERRORS; i++)
-        CHECK_EQ(sent.errors[i] + arrived.errors[i], 0);
-    CHECK_EQ(arrived.lost, 0);
-    CHECK(arrived.frames > 0);
+    check_flowed(source, sink);
     driver_free(source);
     driver_free(sink);
     wire_end(&w);

@@ -37,7 +37,7 @@ def test_a_bare_fd_without_privileges_serves_the_responder(qemu: QemuProgram, so
     with daemon, IpxeGuest(qemu, qemu_args(path, memory="128M", qemu=qemu.binary)) as guest:
         assert ip_address(guest.dhcp()).is_private
         assert "using responder" in daemon.log()
-        assert daemon.stop(timeout=1) == 0
+        assert daemon.stop() == 0
 
 
 def test_another_guest_follows_on_the_same_socket(qemu: QemuProgram, socket_folder: Path) -> None:

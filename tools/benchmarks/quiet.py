@@ -8,7 +8,7 @@ its back-end), :class:`Foreign` sees what processes that do not belong to the co
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -36,13 +36,16 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime((~pid << 3) | 2)
 
 
-def involuntary_switches(threads: Iterable[int]) -> int:
-    """How often these threads were taken off their processors though they had more to do."""
-    total = 0
+def _texts(threads: Iterable[int], name: str) -> Iterator[str]:
+    """What /proc/PID/task/TID/``name`` says of each of these threads that is there."""
     for thread in threads:
         with contextlib.suppress(OSError):
-            total += parse_involuntary(Path(f"/proc/{thread}/task/{thread}/status").read_text())
-    return total
+            yield Path(f"/proc/{thread}/task/{thread}/{name}").read_text()
+
+
+def involuntary_switches(threads: Iterable[int]) -> int:
+    """How often these threads were taken off their processors though they had more to do."""
+    return sum(map(parse_involuntary, _texts(threads, "status")))
 
 
 def parse_involuntary(status: str) -> int:
@@ -68,11 +71,7 @@ def parse_waited(schedstat: str) -> float:
 
 def waited_seconds(threads: Iterable[int]) -> float:
     """The same of several threads; none where the kernel keeps no such numbers."""
-    total = 0.0
-    for thread in threads:
-        with contextlib.suppress(OSError):
-            total += parse_waited(Path(f"/proc/{thread}/task/{thread}/schedstat").read_text())
-    return total
+    return sum(map(parse_waited, _texts(threads, "schedstat")))
 
 
 class Watch:
