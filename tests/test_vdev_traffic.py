@@ -2,12 +2,12 @@
 
 from types import SimpleNamespace
 
-from vdev.traffic import between, cycles, sentence
+from vdev.traffic import between, effort, sentence
 
 
 def reading(frames: int, **dropped: int) -> SimpleNamespace:
     return SimpleNamespace(frames=frames, bytes=100 * frames, gso_frames=frames // 2, kicks=3, calls=4,
-                           cycles=700 * frames, dropped=dropped)
+                           cycles=700 * frames, bursts=frames // 5, dropped=dropped)
 
 
 def test_counts_are_those_since_the_first_reading():
@@ -21,4 +21,5 @@ def test_counts_are_those_since_the_first_reading():
     }
     assert sentence(counts) == ("from guest 2 frames, 200 bytes, 6 dropped (bad_header 2, bad_chain 4); "
                                 "to guest 7 frames, 700 bytes, none dropped")
-    assert cycles(before, after) == {"from_guest": 1400, "to_guest": 4900}
+    assert effort(before, after) == {"cycles": {"from_guest": 1400, "to_guest": 4900},
+                                     "bursts": {"from_guest": 0, "to_guest": 1}}

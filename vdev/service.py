@@ -284,7 +284,7 @@ class Service:
         self._log.peer(level, "session-end" if session.heard else "probe",
                        f"session over after {seconds:.1f} s: {reason}; {traffic.sentence(counts)}",
                        peer_pid=session.pid, reason=reason, seconds=round(seconds, 3),
-                       cycles=traffic.cycles(session.counters, counters), **counts)
+                       **traffic.effort(session.counters, counters), **counts)
         self._vacant(used=session.heard)
 
     def _vacant(self, used: bool) -> None:

@@ -13,6 +13,7 @@ class FlowStats(Protocol):
     kicks: int
     calls: int
     cycles: int
+    bursts: int
     dropped: Mapping[str, int]  # reason -> frames
 
 
@@ -35,11 +36,12 @@ def _difference(before: FlowStats, after: FlowStats) -> dict[str, Any]:
     return counts
 
 
-def cycles(before: Reading, after: Reading) -> dict[str, int]:
-    """What moving those frames took, by direction: ticks of this machine's time stamp counter, so they are no part of
-    the counts, which may travel."""
-    return {name: now.cycles - then.cycles
-            for name, then, now in zip(("from_guest", "to_guest"), before, after, strict=True)}
+def effort(before: Reading, after: Reading) -> dict[str, dict[str, int]]:
+    """What moving those frames took, by direction: ``cycles`` of this machine's time stamp counter, and ``bursts``,
+    times that a ring was served. They are no part of the counts, which may travel."""
+    return {name: {flow: getattr(now, name) - getattr(then, name)
+                   for flow, then, now in zip(("from_guest", "to_guest"), before, after, strict=True)}
+            for name in ("cycles", "bursts")}
 
 
 def added(one: Counts, other: Counts) -> Counts:

@@ -63,6 +63,19 @@ INLINED int packed_take(struct vq *q, struct walk *w, struct chain *c)
     return RING_OK;
 }
 
+/* As split_ahead; `n` counts descriptors, which are as many where chains have one each. */
+INLINED const uint8_t *packed_ahead(const struct vq *q, uint32_t n)
+{
+    uint16_t slot = q->next_avail;
+    bool wrap = q->avail_wrap;
+    struct piece begin;
+
+    packed_advance(q, &slot, &wrap, n);
+    if (!packed_is_available(q, slot, wrap))
+        return NULL;
+    return guestmem_run(q->mem, q->region_hint, load64(&q->packed[slot].addr), 1, &begin) ? begin.base : NULL;
+}
+
 /* One snapshot of a descriptor; ordered after the acquire load of the chain's first flags. */
 INLINED struct packed_desc packed_read_descriptor(const struct packed_desc *from)
 {

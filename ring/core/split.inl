@@ -49,6 +49,18 @@ INLINED int split_take(struct vq *q, struct walk *w, struct chain *c)
     return RING_OK;
 }
 
+/* Where the chain probably begins that is taken `n` chains from now: what a prefetch needs. It is read again when it is
+ * taken. -> NULL: not known */
+INLINED const uint8_t *split_ahead(const struct vq *q, uint32_t n)
+{
+    struct piece begin;
+
+    if (n >= (uint16_t)(q->avail_seen - q->next_avail))
+        return NULL;
+    uint16_t head = load16(&q->avail->ring[(q->next_avail + n) & q->mask]) & q->mask;
+    return guestmem_run(q->mem, q->region_hint, load64(&q->desc[head].addr), 1, &begin) ? begin.base : NULL;
+}
+
 /* One snapshot of a descriptor: two loads of eight bytes; the table is 16-byte aligned. */
 INLINED struct vring_desc split_read_descriptor(const struct vring_desc *from)
 {

@@ -18,10 +18,12 @@ static int take_frame(struct lane *l, uint32_t i)
     int dropped = refused(l, f->writable, f->length);
     if (unlikely(dropped >= 0))
         return dropped;
-    if (likely(pieces->len >= HEAD_BYTES))
-        memcpy(f->head, pieces->base, HEAD_BYTES);
-    else
+    if (likely(pieces->len >= HEAD_BYTES)) { /* each by itself, as they are read again at once */
+        memcpy(&f->header, pieces->base, NET_HEADER);
+        memcpy(f->ethernet, pieces->base + NET_HEADER, ETHERNET_HEADER);
+    } else {
         pieces_copy(pieces, f->count, 0, f->head, HEAD_BYTES, false);
+    }
     __asm__ volatile("" : "+m"(f->head)); /* decide on this copy, not on a second read of its source */
     f->length -= NET_HEADER;
     if (!may_say(l, &f->header, f->length))
@@ -76,6 +78,7 @@ static bool take_transmitted(struct lane *l, struct vq *q)
     f->count = c.readable;
     f->length = (uint32_t)c.readable_len; /* the walk has seen to it that it fits */
     __builtin_prefetch(f->pieces->base);
+    __builtin_prefetch(f->pieces->base + HEAD_BYTES - 1);
     b->used += f->lost ? 0 : 1 + c.readable + c.writable;
     b->count++;
     return true;

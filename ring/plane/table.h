@@ -26,8 +26,11 @@ uint32_t table_count(const struct table *t);
 
 static inline uint64_t mac_at(const uint8_t *bytes)
 {
-    uint64_t mac = 0;
+    uint32_t low;
+    uint16_t high;
 
-    __builtin_memcpy(&mac, bytes, 6);
-    return mac;
+    /* Put together in a register: six bytes stored and eight loaded would have to wait for the store. */
+    __builtin_memcpy(&low, bytes, sizeof(low));
+    __builtin_memcpy(&high, bytes + sizeof(low), sizeof(high));
+    return low | (uint64_t)high << 32;
 }

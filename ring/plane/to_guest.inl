@@ -88,6 +88,13 @@ static void give_back(struct vq *q, struct intake *in)
     *in = (struct intake){0};
 }
 
+INLINED void count_received(struct flow_stats *stats, const struct net_header *header, uint64_t length)
+{
+    stats->frames++;
+    stats->bytes += length;
+    stats->gso_frames += header->gso_type != 0;
+}
+
 /* Finish a frame whose bytes are all in guest memory: lengths, surplus chains, header, used entries. */
 static void complete(struct lane *l, struct vq *q, struct intake *in, struct net_header *header, uint64_t length)
 {
@@ -102,15 +109,14 @@ static void complete(struct lane *l, struct vq *q, struct intake *in, struct net
         left -= f->written;
         slots += f->slots;
     }
-    RING(unpop)(q, in->slots - slots);
+    if (unlikely(in->slots > slots))
+        RING(unpop)(q, in->slots - slots);
     header->num_buffers = (uint16_t)used;
     pieces_copy(l->pieces + 1, in->pieces, 0, (uint8_t *)header, NET_HEADER, true);
     wrote_pieces(q, l->pieces + 1, in->pieces, 0, NET_HEADER);
     for (uint32_t i = 0; i < used; i++)
         RING(push)(q, l->filled[i].head, l->filled[i].slots, l->filled[i].written);
-    stats->frames++;
-    stats->bytes += length;
-    stats->gso_frames += header->gso_type != 0;
+    count_received(stats, header, length);
     l->expect = length > 1514 ? LARGE_FRAME : SMALL_FRAME;
 }
 

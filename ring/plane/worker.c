@@ -5,8 +5,8 @@
  *
  * Polling. To sleep and be woken takes a driver's kick, the scheduler and us some microseconds each; for a guest that
  * sends again within that time it is cheaper to go on looking. So for a while after the last work (its budget) a worker
- * does not wait: it looks at the rings that are at rest, which is a load each, and now and then (LOOK_NS) at the
- * descriptors, which is a system call. Meanwhile no driver is asked for kicks, or it would pay for what nobody needs.
+ * does not wait: it looks at the rings that are at rest, which is a load each, and now and then (LOOK_NS, GLANCE_NS) at
+ * the descriptors, which is a system call. Meanwhile no driver is asked for kicks, or it would pay for what nobody needs.
  *
  * Before it does sleep it asks for them again, ring by ring, each time looking once more after asking: what a driver
  * makes available before it sees the wish is seen here, what comes later is kicked for. That is the same step (arm) with
@@ -31,7 +31,8 @@
 
 #define EVENTS_MAX 64
 #define KICKLESS_MS 1 /* a queue without a kick descriptor is looked at this often */
-#define LOOK_NS 2000
+#define LOOK_NS 2000  /* between looks at descriptors while ports are among them... */
+#define GLANCE_NS 50000 /* ...and while there are only kicks, which tell nothing that the rings do not */
 #define STEPS 8       /* the least budget above 0 is this part of the most */
 
 static bool given_up(const struct pump *p)
@@ -146,6 +147,7 @@ struct outcome {
     bool moved;    /* frames, or chains at least */
     bool left;     /* a lane has work left */
     bool kickless; /* a queue has no kick descriptor */
+    bool ports;    /* a lane waits for its port */
 };
 
 /* Is it worth looking on, rather than to sleep? */
@@ -156,6 +158,7 @@ static bool looks_on(struct pump *p, const struct outcome *round)
     if (!y->most)
         return false;
     y->now = now();
+    y->patience = round->ports ? LOOK_NS : GLANCE_NS;
     if (round->moved) {
         if (!y->on)
             adapt(y, y->now - y->last_work);
@@ -182,7 +185,7 @@ static bool descriptors_are_due(const struct pump *p)
 {
     const struct polling *y = &p->polling;
 
-    return !y->on || y->now - y->last_wait >= LOOK_NS || given_up(p) ||
+    return !y->on || y->now - y->last_wait >= y->patience || given_up(p) ||
            __atomic_load_n(&p->verb, __ATOMIC_RELAXED) != NOTHING;
 }
 
@@ -213,6 +216,7 @@ static void serve(struct pump *p, struct lane *l, struct outcome *round)
     watch_ports(p, l);
     round->left |= l->work != 0;
     round->kickless |= kickless_from || kickless_to;
+    round->ports |= l->port_in.armed || l->port_out.armed;
     lane_report(l);
 }
 

@@ -17,7 +17,8 @@ struct polling {
     uint64_t budget;    /* how long it is worth now */
     uint64_t now;       /* as last read: the clock is asked once a round */
     uint64_t last_work;
-    uint64_t last_wait; /* when the descriptors were looked at */
+    uint64_t last_wait; /* when the descriptors were looked at... */
+    uint64_t patience;  /* ...and for how long that is enough */
     bool on;            /* rings are looked at now, and their drivers asked for no kicks */
 };
 

@@ -30,7 +30,6 @@ RING_SIZE = 1024
 MEMORY = 512  # MiB of a testpmd: 128 MiB of buffers, as they lie in its memory, and room
 SATURATED = 0.95
 _sockets = itertools.count(1)
-FLOWS = ("from_guest", "to_guest")
 
 
 def processors() -> tuple[int, int]:
@@ -218,18 +217,16 @@ class SessionSide(Side):
             hertz, guests = load.counters().hertz, len(load.devices)
         wait_until(lambda: len(self.backend.sessions()) >= before + guests, "the ends of the sessions")
         cycles, frames = counted_cycles(self.backend.sessions()[before:])
-        if frames:
-            sample["cost"] = cycles / frames / hertz * 1e9
-            sample["backend_busy"] = sample["cost"] * sample["rate"] / 1e9
+        sample["cost"] = cycles / frames / hertz * 1e9
+        sample["backend_busy"] = sample["cost"] * sample["rate"] / 1e9
         return sample, disturbance
 
 
 def counted_cycles(ends: Sequence[dict]) -> tuple[int, int]:
-    """(cycles, frames) of sessions that have ended, both directions; (0, 0) where this build does not count cycles."""
-    # A frame that is switched counts from one guest and to another.
-    frames = max(sum(end[flow]["frames"] for end in ends) for flow in FLOWS)
-    cycles = sum(sum(end.get("cycles", {}).values()) for end in ends)
-    return (cycles, frames) if cycles else (0, 0)
+    """(cycles, frames) of sessions that have ended: of both directions, and the frames that arrived at a guest, or else
+    at a port, a null port included."""
+    sent = sum(end["from_guest"]["frames"] + end["from_guest"]["dropped"].get("null", 0) for end in ends)
+    return sum(sum(end["cycles"].values()) for end in ends), sum(end["to_guest"]["frames"] for end in ends) or sent
 
 
 def load_busy(loaded: Counters, seconds: float) -> float:
