@@ -12,7 +12,6 @@ import mmap
 import os
 import stat
 import struct
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +106,7 @@ class Journal:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise JournalError(f"{self.path}: another process writes it; two vdev on one socket path?") from None
-        header = _HEADER.pack(_MAGIC, _VERSION, uuid.UUID(_BOOT_ID.read_text().strip()).bytes)
+        header = _HEADER.pack(_MAGIC, _VERSION, bytes.fromhex(_BOOT_ID.read_text().strip().replace("-", "")))
         if os.pread(self._fd, _HEADER.size, 0) != header:
             os.ftruncate(self._fd, 0)
             os.posix_fallocate(self._fd, 0, _HEADER.size)

@@ -190,6 +190,36 @@ def test_daemon_runs_without_what_it_does_not_need(tmp_path: Path) -> None:
     assert not {"pyroute2", "scapy", "asyncio", "cffi", "pycparser"} & loaded(trace.read_text())
 
 
+# What a front-end that connects does not wait for; everything below a name, too. The C core and the session's half are
+# most of the program, the others are the standard library's heavy ones that most daemons never need.
+AFTER_LISTENING = ("ring", "vdev.backend", "vdev.connection", "vdev.device", "vdev.engine", "vdev.sandbox",
+                   "vdev.upgrade", "vhost_user.codec", "vhost_user.session", "vhost_user.state", "vhost_user.wire",
+                   "_cffi_backend", "cffi", "construct", "hashlib", "tomllib", "uuid", "subprocess", "asyncio",
+                   "pyroute2", "scapy", "vdev.ports.loopback", "vdev.ports.responder", "vdev.ports.switch",
+                   "vdev.ports.tap")
+UNTIL_LISTENING = """\
+import os, sys
+from vdev import listen
+from vdev.cli import main
+
+published = listen.Publication.publish
+def publish(self):
+    published(self).close()
+    os.write(1, " ".join(sys.modules).encode())
+    os._exit(0)
+listen.Publication.publish = publish
+main(sys.argv[1:])
+"""
+
+
+def test_socket_waits_for_no_code_that_only_a_session_needs(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", UNTIL_LISTENING, "--socket-path", str(tmp_path / "socket"),
+                           "--port", "null:"], capture_output=True, text=True, timeout=60)
+    until = done.stdout.split()
+    assert {"vdev.daemon", "vdev.ports.null"} <= set(until), done.stderr
+    assert not [name for name in until if any(is_below(name, late) for late in AFTER_LISTENING)]
+
+
 # -------------------------------------------------------------------------------------------------- C
 
 

@@ -110,6 +110,26 @@ def test_ready_is_told_once_everything_can_be_used(start, path):
     assert not os.path.exists(path)
 
 
+def test_front_end_that_connects_while_code_is_loaded_is_served(start, path):
+    """The socket is there before all that serves it, and whoever finds it there can go ahead."""
+    daemon = start("--socket-path", path, "--port", "null:", ready=False)
+    daemon.until(lambda: os.path.exists(path))
+    with FrontEnd.connect(path, timeout=START_SECONDS) as front_end:
+        assert front_end.get_features()
+    assert daemon.end() == 0
+
+
+def test_code_that_is_missing_ends_the_start_and_leaves_nothing(path):
+    # None in sys.modules is how an import fails; whether the socket was to be seen by then makes no difference.
+    script = "import sys; sys.modules['ring._core'] = None; from vdev.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", script, "--socket-path", path, "--port", "null:"], text=True,
+                          capture_output=True, timeout=START_SECONDS)
+    assert (done.returncode, done.stdout) == (1, "")
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("vdev: vdev is not complete here: the C extension ring._core is not built here"), said
+    assert not os.path.exists(path)
+
+
 def test_service_manager_is_told(start, path, tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
@@ -356,8 +376,8 @@ def test_port_that_carries_fewer_queue_pairs_than_asked_for():
 
     config = DeviceConfig("net0", fd=3, queue_pairs=4)
     with pytest.raises(Failure, match="tap:old0 carries 1 queue pairs, not 4; give --queue-pairs 1"):
-        fitted(config, SingleQueue(), 1)
-    assert fitted(replace(config, queue_pairs=None), SingleQueue(), 1).queue_pairs == 1
+        fitted(config, SingleQueue())
+    assert fitted(replace(config, queue_pairs=None), SingleQueue()).queue_pairs == 1
 
 
 def test_tap_without_the_right_to_make_one_names_the_ways_out(start, path):
@@ -426,23 +446,17 @@ import os, signal, sys
 from vdev import logs
 from vdev.config import DaemonConfig, DeviceConfig
 from vdev.daemon import Daemon
-from vdev.ports.null import Null
+from vdev.device import Device
+from vdev.ports.spec import NullSpec
 
-class Broken:
-    port = Null(1)
+def close(self, close=Device.close):
+    close(self)
+    raise RuntimeError("cannot let go")
 
-    def start_workers(self):
-        pass
-
-    def watches(self):
-        return []
-
-    def close(self):
-        raise RuntimeError("cannot let go")
-
+Device.close = close
 logs.setup("info", "text")
-devices = tuple(DeviceConfig(os.path.basename(path), socket_path=path) for path in sys.argv[1:])
-daemon = Daemon(DaemonConfig(devices, sandbox=False), lambda config, log: Broken())
+devices = tuple(DeviceConfig(os.path.basename(path), socket_path=path, port=NullSpec()) for path in sys.argv[1:])
+daemon = Daemon(DaemonConfig(devices, sandbox=False))
 signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 signal.setitimer(signal.ITIMER_REAL, 0.2)
 daemon.run()

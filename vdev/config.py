@@ -16,7 +16,6 @@ The file has the keys of the command line without their dashes, and a ``[[device
 """
 
 import os
-import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -301,6 +300,8 @@ class _Reader:
 
 def read_file(path: str) -> dict[str, Any]:
     """The contents of TOML file ``path``. Raises Misuse."""
+    import tomllib  # here, because most daemons have no file
+
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)

@@ -1,9 +1,11 @@
 """The daemon's life: everything is opened or nothing is, served until a signal or the last session, released.
 
 Order at the start: sockets are made but not seen yet (a path in use is the likeliest mistake, and nothing
-should have been touched when it is found), then ports and devices, then the sockets appear, then the sandbox is
-closed and the workers start in it, then whoever started us is told. At the end the same backwards. Never a fork:
-whoever starts us keeps us (vhost-user, "Backend program conventions").
+should have been touched when it is found), then ports, then the sockets appear. A front-end can connect from then on;
+it waits while the code is loaded that serves it, which is most of the program. Then come the devices, then the sandbox
+is closed and the workers start in it, then whoever started us is told. What goes wrong before that ends the program,
+and the sockets with it. At the end the same backwards. Never a fork: whoever starts us keeps us (vhost-user, "Backend
+program conventions").
 
 A daemon that takes over from another (``--upgrade-from``) opens nothing: it gets all that was open there, and closes
 the sandbox between the rehearsal and the pause. And one that was taken over releases nothing, because its successor
@@ -14,9 +16,9 @@ import contextlib
 import os
 import signal
 import socket
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from vdev import listen, notify
@@ -27,6 +29,7 @@ from vdev.logs import EventLog
 from vdev.loop import Loop
 from vdev.net import offer
 from vdev.net.features import names
+from vdev.ports import PortError, open_port
 from vdev.ports.base import Port
 from vdev.ports.spec import SwitchSpec, TapSpec
 from vdev.service import Device, Service
@@ -45,28 +48,10 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 # An idle queue pair costs nothing, and a guest with more processors than pairs is slowed down.
 TAP_QUEUE_PAIRS = 8
 
-OpenDevice = Callable[[DeviceConfig, EventLog], Device]
 
-
-def _open_device(config: DeviceConfig, log: EventLog, upgradable: bool = False,
-                 workers: Workers | None = None, switch: "Callable[[str], Switch] | None" = None) -> Device:
-    """The device that ``config`` describes, its port open; upgradable: it can be handed to another process; workers:
-    the daemon's; switch: gives the one of a name.
-
-    Raises Failure.
-    """
-    # Here, not above: these bring in the C core and netlink, which a wrong command line need not wait for.
-    try:
-        from ring.errors import RingError
-        from ring.guestmem import DEFAULT_POLICY
-        from vdev.device import Device
-        from vdev.journal import open_journal
-        from vdev.ports import PortError, open_port
-        from vdev.ports.tap import Tap
-        from vdev.postcopy import open_arrivals
-    except ImportError as error:
-        raise Failure(f"vdev is not complete here: {error}") from None
-
+def _open_port(config: DeviceConfig, switch: "Callable[[str], Switch]") -> tuple[DeviceConfig, Port]:
+    """The port of the device that ``config`` describes, open, and ``config`` with its number of queue pairs settled;
+    switch: gives the one of a name. Raises Failure."""
     maybe_tap = config.port is None or isinstance(config.port, TapSpec)
     try:
         joined = switch(config.port.name) if isinstance(config.port, SwitchSpec) else None
@@ -74,24 +59,39 @@ def _open_device(config: DeviceConfig, log: EventLog, upgradable: bool = False,
     except PortError as error:
         raise Failure(str(error)) from None
     try:
-        default = port.carries.queue_pairs if isinstance(port, Tap) else 1
-        settled = fitted(config, port, default)
-        policy = replace(DEFAULT_POLICY, keep_files=upgradable)
-        return Device(config.name, port, settled, log, open_journal(settled, log), policy,
-                      open_arrivals() if config.postcopy else None, workers)
-    except BaseException as error:
+        return fitted(config, port), port
+    except Failure:
         port.close()
-        if isinstance(error, RingError | OSError | MemoryError):
-            raise Failure(f"{config.name}: the device cannot be made: {error}") from None
         raise
 
 
-def fitted(config: DeviceConfig, port: Port, default_pairs: int) -> DeviceConfig:
+def _make_device(config: DeviceConfig, port: Port, log: EventLog, upgradable: bool, workers: Workers) -> Device:
+    """The device that ``config`` describes; it takes over ``port``. upgradable: it can be handed to another process;
+    workers: the daemon's. Raises Failure."""
+    # Here, not above: these bring in most of the code, for which neither a wrong command line nor a socket need wait.
+    try:
+        from ring.errors import RingError
+        from ring.guestmem import DEFAULT_POLICY
+        from vdev.device import Device
+        from vdev.journal import open_journal
+        from vdev.postcopy import open_arrivals
+    except ImportError as error:
+        raise Failure(f"vdev is not complete here: {error}") from None
+
+    policy = replace(DEFAULT_POLICY, keep_files=upgradable)
+    try:
+        return Device(config.name, port, config, log, open_journal(config, log), policy,
+                      open_arrivals() if config.postcopy else None, workers)
+    except (RingError, OSError, MemoryError) as error:
+        raise Failure(f"{config.name}: the device cannot be made: {error}") from None
+
+
+def fitted(config: DeviceConfig, port: Port) -> DeviceConfig:
     """``config`` with its number of queue pairs settled, if ``port`` carries all that it insists on.
 
     Raises Failure.
     """
-    pairs = config.queue_pairs or default_pairs
+    pairs = config.queue_pairs or port.usual_queue_pairs
     if pairs > port.carries.queue_pairs:
         most = port.carries.queue_pairs
         raise Failure(f"{port} carries {most} queue pairs, not {pairs}; give --queue-pairs {most}")
@@ -104,14 +104,11 @@ def fitted(config: DeviceConfig, port: Port, default_pairs: int) -> DeviceConfig
 
 
 class Daemon:
-    """One process that serves the devices of ``config``. ``open_device`` makes each."""
+    """One process that serves the devices of ``config``."""
 
-    def __init__(self, config: DaemonConfig, open_device: OpenDevice | None = None):
+    def __init__(self, config: DaemonConfig):
         self._config = config
         self._workers = Workers.of(config)
-        self._open_device = open_device or partial(
-            _open_device, upgradable=config.upgrade_path is not None, workers=self._workers,
-            switch=lambda name: self._switches.named(name))
         self._switches: Switches | None = None  # where no device has a port of one
         self._log = EventLog()
         self._loop = Loop(lambda exception: self._log.bug("internal-error", "serving an event", exception))
@@ -165,16 +162,20 @@ class Daemon:
             cleanup.callback(upgrade.close)
         self._open_switches(cleanup)
         logs = [EventLog(config.name) for config in configs]
-        devices = []
-        for config, log in zip(configs, logs, strict=True):
-            device = self._open_device(config, log)
-            cleanup.callback(self._release, device)
-            devices.append(device)
-        services = []
-        for number, (config, device, log) in enumerate(zip(configs, devices, logs, strict=True)):
+        ports: deque[tuple[DeviceConfig, Port]] = deque()  # those that no device has taken over yet
+        cleanup.callback(lambda: [port.close() for _, port in ports])
+        for config in configs:
+            ports.append(_open_port(config, lambda name: self._switches.named(name)))
+        for number, log in enumerate(logs):
             if isinstance(sockets[number], listen.Publication):
                 sockets[number] = self._publish(sockets[number], log, cleanup)
-            services.append(self._service(config, sockets[number], device, log))
+        devices, services = [], []
+        for config, sock, log in zip(configs, sockets, logs, strict=True):
+            device = _make_device(*ports[0], log, self._config.upgrade_path is not None, self._workers)
+            ports.popleft()
+            cleanup.callback(self._release, device)
+            devices.append(device)
+            services.append(self._service(config, sock, device, log))
         self._serving = len(services)
         if upgrade is not None:
             upgrade = self._publish(upgrade, self._log, cleanup)
@@ -191,7 +192,6 @@ class Daemon:
         if not any(isinstance(config.port, SwitchSpec) for config in self._config.devices):
             return
         try:
-            from vdev.ports import PortError
             from vdev.switches import Switches
         except ImportError as error:
             raise Failure(f"vdev is not complete here: {error}") from None

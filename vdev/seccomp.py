@@ -23,7 +23,7 @@ The filter is installed for all threads at once, and cannot be taken back.
 
 import ctypes
 import errno
-import platform
+import os
 import re
 import struct
 from collections.abc import Iterable
@@ -87,7 +87,7 @@ def _alternative(checks: list[Check]) -> bytes:
 
 def assemble(rules: Iterable[str], machine: str | None = None) -> bytes:
     """The filter for ``machine`` (of MACHINES; None: this one). Raises ValueError for a machine nobody knows."""
-    machine = machine or platform.machine()
+    machine = machine or os.uname().machine
     alternatives: dict[int, list[list[Check]]] = {}
     for name, checks in map(parse, rules):
         if number(name, machine) >= 0:

@@ -6,7 +6,6 @@ uses). A call that one of them does not have is left out of that column with -1.
 
 import ctypes
 import os
-import platform
 
 MACHINES = ("x86_64", "aarch64")
 
@@ -47,7 +46,7 @@ def number(name: str, machine: str | None = None) -> int:
 
     Raises KeyError for a name that is not in the table, ValueError for another machine.
     """
-    return _NUMBERS[name][MACHINES.index(machine or platform.machine())]
+    return _NUMBERS[name][MACHINES.index(machine or os.uname().machine)]
 
 
 def checked(result: int) -> int:

@@ -8,23 +8,30 @@ from typing import TYPE_CHECKING
 from vdev.handover import HandoverError, Take
 from vdev.options import OptionError
 from vdev.ports.base import Port, PortError, PortPart
-from vdev.ports.loopback import Loopback
-from vdev.ports.null import Null
-from vdev.ports.responder import Responder
 from vdev.ports.spec import LoopbackSpec, NullSpec, PortSpec, ResponderSpec, SwitchSpec, TapSpec, parse_port
-from vdev.ports.tap import Tap
 
 if TYPE_CHECKING:
+    from vdev.ports.loopback import Loopback
+    from vdev.ports.null import Null
+    from vdev.ports.responder import Responder
     from vdev.ports.switch import Switch
+    from vdev.ports.tap import Tap
 
 __all__ = ["Port", "PortError", "adopt_port", "default_port", "open_port"]
 
-_KINDS: dict[type[PortSpec], type[Tap | Responder | Loopback | Null]] = {
-    TapSpec: Tap,
-    ResponderSpec: Responder,
-    LoopbackSpec: Loopback,
-    NullSpec: Null,
-}
+
+def _kind(spec: PortSpec) -> "type[Tap | Responder | Loopback | Null]":
+    """The class that ``spec`` is about. A daemon loads the code of those ports only that it has."""
+    match spec:
+        case TapSpec():
+            from vdev.ports.tap import Tap as kind
+        case ResponderSpec():
+            from vdev.ports.responder import Responder as kind
+        case LoopbackSpec():
+            from vdev.ports.loopback import Loopback as kind
+        case NullSpec():
+            from vdev.ports.null import Null as kind
+    return kind
 
 
 def open_port(spec: PortSpec | None, queue_pairs: int, switch: "Switch | None" = None) -> Port:
@@ -43,7 +50,7 @@ def open_port(spec: PortSpec | None, queue_pairs: int, switch: "Switch | None" =
 
         return SwitchPort(switch, queue_pairs)
     try:
-        return _KINDS[type(spec)].open(spec, queue_pairs)
+        return _kind(spec).open(spec, queue_pairs)
     except OSError as e:
         raise PortError(f"{spec}: {e.strerror.lower()}; it needs a few file descriptors and some memory for"
                         f" {queue_pairs} queue pairs (`ulimit -n`)") from None
@@ -58,7 +65,7 @@ def adopt_port(part: PortPart, take: Take) -> Port:
         raise HandoverError(f"this vdev does not know the port: {error}") from None
     if isinstance(spec, SwitchSpec):
         raise HandoverError(f"{spec}: a switch cannot be handed over")
-    return _KINDS[type(spec)].adopt(spec, part.state, take)
+    return _kind(spec).adopt(spec, part.state, take)
 
 
 def default_port(queue_pairs: int) -> Port:

@@ -72,11 +72,13 @@ class Port:
     """Base of all ports. Descriptors stay owned by the port and are closed by :meth:`close`.
 
     notes: lines for the log when the port is taken into use: what was chosen, what is still to be done.
+    usual_queue_pairs: what a device has whose number of queue pairs nobody gave.
     member: of the switch that takes the place of descriptors; None for all other ports.
     """
 
     carries: Carries
     needs: Needs = Needs()
+    usual_queue_pairs: int = 1
     notes: tuple[str, ...] = ()
     member: "Member | None" = None
 

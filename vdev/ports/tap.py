@@ -131,6 +131,11 @@ class Tap(Port):
         return f"tap:{self.name}" if self.name else str(self._spec)
 
     @property
+    def usual_queue_pairs(self) -> int:
+        """All that it has."""
+        return self.carries.queue_pairs
+
+    @property
     def needs(self) -> Needs:
         """No right at all, but for a TAP that vdev made or set up, and has to make again or to take down."""
         syscalls = {**tun.SYSCALLS, **link.SYSCALLS}
