@@ -4,16 +4,26 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from vdev import switches
+from vdev.config import UplinkConfig
+from vdev.errors import Failure
+from vdev.logs import EventLog
+from vdev.loop import Loop
 from vdev.ports import PortError
+from vdev.ports.spec import TapSpec
 from vdev.ports.switch import Switch, SwitchPort
 from vdev.testing.daemon import Daemon
 from vdev.testing.netns import Namespace, why_no_tap
 from vdev.testing.scripted import ScriptedGuest
+from vdev.testing.served import WirePort
+from vdev.testing.waiting import wait_until
+from vdev.workers import Worker, WorkerLost, Workers
 
 BROADCAST = b"\xff" * 6
 TYPE = b"\x88\xb5"  # IEEE 802: local experiments
@@ -132,7 +142,65 @@ def test_an_uplink_comes_back(tmp_path: Path) -> None:
             return bool(got) and got.frame[12:14] == b"\x08\x06" and got.frame[20:22] == b"\0\2"
 
         assert _until(answered)
-        assert daemon.events("uplink-gone") and daemon.events("uplink-back")
+        assert daemon.events("uplink-gone")
+        wait_until(lambda: daemon.events("uplink-back"), daemon.child.log)  # which is told after frames move
+
+
+@pytest.fixture
+def uplinked(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[switches.Switches, WirePort, Loop]]:
+    """A switch whose uplink is a wire, not started; the wire's other end; and a loop for it, which does not run."""
+    wire, loop = WirePort(), Loop(print)
+    monkeypatch.setattr(switches, "open_port", lambda spec, pairs: wire)
+    every = switches.Switches(Workers())
+    every.open_uplink(UplinkConfig("lan", TapSpec()), EventLog())
+    yield every, wire, loop
+    every.close()
+    loop.close()
+
+
+def stuck(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """So many times a worker takes no lane."""
+    left, attach = [None] * times, Worker.attach
+
+    def attach_or_not(self, lane):
+        if left:
+            left.pop()
+            raise WorkerLost("it did not take a queue within 1 s")
+        return attach(self, lane)
+
+    monkeypatch.setattr(Worker, "attach", attach_or_not)
+
+
+def test_an_uplink_whose_worker_is_stuck_ends_the_start_in_one_line(uplinked, monkeypatch) -> None:
+    every, _, loop = uplinked
+    stuck(monkeypatch, 1)
+    with pytest.raises(Failure, match="^uplink wire: of switch:lan cannot be started: it did not take a queue"):
+        every.start(loop)
+
+
+def test_an_uplink_whose_worker_is_stuck_when_it_comes_back_is_tried_again(uplinked, monkeypatch, caplog) -> None:
+    every, wire, loop = uplinked
+    monkeypatch.setattr(switches, "RETRY_SECONDS", 0.01)
+    every.start(loop)
+    stuck(monkeypatch, 2)
+    wire.comes_back = True
+    wire.cut()
+    deadline = time.monotonic() + 20
+
+    def look() -> None:
+        if caplog.messages[-1:] == ["uplink wire: of switch:lan is back"] or time.monotonic() > deadline:
+            loop.stop()
+        loop.call_later(0.01, look)
+
+    look()
+    with caplog.at_level("INFO", "vdev"):
+        loop.run()
+    assert [message.partition(" switch:lan ")[2] for message in caplog.messages] == [
+        "is gone: frames to it are dropped until it is back; was the interface deleted?",
+        *2 * ["is back and cannot be served yet: it did not take a queue within 1 s"], "is back"]
+    wire.wire[0].send(bytes(12) + frame(BROADCAST, mac(1), b""))
+    (uplink,) = every._uplinks
+    wait_until(lambda: uplink.stats()[0].dropped == {"no_receiver": 1}, lambda: str(uplink.stats()))
 
 
 def _wait_for(guest: ScriptedGuest, wanted, tries: int = 50) -> bytes:

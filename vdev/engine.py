@@ -24,10 +24,7 @@ from ring.pump import Flow, FlowStats, Lane, LaneConfig, LaneEvent, Pump
 from ring.virtqueue import Takeover, VirtQueue
 from vdev.handover import Put, Take
 from vdev.ports.base import Port
-from vdev.workers import Worker, WorkerLost, Workers, leave_to_worker
-
-PATIENCE = 0.1  # seconds: a worker lets go after a burst
-ATTACH_PATIENCE = 1.0  # and it takes a lane after one; where it does not, a session has to end that did nothing
+from vdev.workers import ATTACH_PATIENCE, PATIENCE, Worker, WorkerLost, Workers, leave_to_worker
 
 
 class EngineStuck(Exception):

@@ -31,7 +31,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vdev import engine
+from vdev import workers
 from vdev.engine import Engine, EngineStuck
 from vdev.errors import Failure
 from vdev.handover import Put, Take
@@ -183,7 +183,7 @@ class SessionPostcopy:
 
     def _stop(self) -> None:
         self._listening = False
-        self._engine.patience = engine.PATIENCE
+        self._engine.patience = workers.PATIENCE
         if self._userfault is not None:
             self._userfault.close()
             self._userfault = None

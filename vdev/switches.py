@@ -5,9 +5,11 @@ forwards; what goes to it is written by the workers of those who send.
 """
 
 import contextlib
+import logging
 import os
 
 from ring.errors import RingError
+from ring.fabric import Member
 from ring.pump import FlowStats, Lane, LaneConfig, LaneEvent, Pump
 from vdev import traffic
 from vdev.config import UplinkConfig
@@ -23,7 +25,7 @@ from vdev.workers import Worker, WorkerLost, Workers, leave_to_worker
 # An address that nobody sends from is forgotten after 300 to 320 s, 16 ticks (802.1D, table 7-5 recommends 300 s).
 TICK_SECONDS = 20.0
 RETRY_SECONDS = 1.0
-PATIENCE = 0.1  # seconds: a worker lets go after a burst
+_NOT_SERVED = (OSError, MemoryError, RingError, WorkerLost, PortError)  # what may come of an uplink's worker
 
 
 class Uplink:
@@ -31,7 +33,7 @@ class Uplink:
     over. Raises PortError when the switch is full."""
 
     def __init__(self, port: Port, switch: Switch, worker: Worker, log: EventLog) -> None:
-        self._member = switch.join(uplink=True)
+        self._member: Member | None = switch.join(uplink=True)  # None: a worker is stuck with the last one
         self.port = port
         self._switch = switch
         self._worker = worker
@@ -48,30 +50,40 @@ class Uplink:
         return f"uplink {self.port} of {self._switch}"
 
     def start(self, loop: Loop) -> None:
-        """Begin to forward. Raises OSError, RingError."""
+        """Begin to forward. Raises OSError, RingError, WorkerLost."""
         self._loop = loop
         self._attach()
         loop.watch(self._report, self._on_news)
 
     def _attach(self) -> None:
+        """Lend the lane. Raises OSError, RingError, WorkerLost, PortError when the switch is full."""
+        if self._member is None:
+            self._member = self._switch.join(uplink=True)
         ends = self.port.ends(0)
         self._lane.configure(LaneConfig(member=self._member, door=0, to_port=ends.to_port, from_port=ends.from_port,
                                         port_header=self.port.carries.header, features=OFFLOADS))
         self._member.spread(1)
-        self._pump = self._worker.attach(self._lane, PATIENCE)
+        try:
+            self._pump = self._worker.attach(self._lane)
+        except WorkerLost:
+            self._abandon()
+            raise
 
     def _take_back(self) -> None:
-        """Have the lane, or another one where a worker is stuck with it. Raises PortError when the switch is full."""
+        """Have the lane, or another one where a worker is stuck with it."""
         pump, self._pump = self._pump, None
         try:
             if pump is not None:
-                self._worker.detach(self._lane, pump, PATIENCE)
+                self._worker.detach(self._lane, pump)
         except WorkerLost as lost:
             self._log.warning("uplink-stuck", f"{self}: a worker thread did not let go: {lost}")
-            self._member.abandon()
-            leave_to_worker(self._lane, self._member)
-            self._lane = Lane(self._report)
-            self._member = self._switch.join(uplink=True)
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Leave lane and member to the stuck worker."""
+        self._member.abandon()
+        leave_to_worker(self._lane, self._member)
+        self._lane, self._member = Lane(self._report), None
 
     def _on_lost(self) -> None:
         """Told by the worker; :meth:`_take_back` finds it out by itself."""
@@ -86,17 +98,21 @@ class Uplink:
 
     def _recover(self) -> None:
         self._retry = None
-        if not self.port.lost():
-            self._retry = self._loop.call_later(RETRY_SECONDS, self._recover)
-            return
-        self._take_back()
-        self._attach()
-        self._log.info("uplink-back", f"{self} is back")
+        try:
+            if self.port.lost():
+                self._take_back()
+                self._attach()
+                self._log.info("uplink-back", f"{self} is back")
+                return
+        except _NOT_SERVED as error:
+            self._log.peer(logging.WARNING, "uplink-not-served",
+                           f"{self} is back and cannot be served yet: {error}")
+        self._retry = self._loop.call_later(RETRY_SECONDS, self._recover)
 
     def stats(self) -> tuple[FlowStats, FlowStats]:
         """(from the network, to the network)."""
         came, went = self._lane.stats()
-        return came, went.and_lost(self._member.missed())
+        return came, went.and_lost(self._member.missed() if self._member is not None else {})
 
     def _sum_up(self) -> None:
         counts = {way: {"frames": flow.frames, "bytes": flow.bytes, "dropped": flow.dropped}
@@ -112,7 +128,8 @@ class Uplink:
         self._take_back()
         self._worker.leave(self._on_lost)
         self._sum_up()
-        self._member.leave()
+        if self._member is not None:
+            self._member.leave()
         self._lane.close()
         os.close(self._report)
         self.port.close()
@@ -161,7 +178,7 @@ class Switches:
         for uplink in self._uplinks:
             try:
                 uplink.start(loop)
-            except (OSError, MemoryError, RingError) as error:
+            except _NOT_SERVED as error:
                 raise Failure(f"{uplink} cannot be started: {error}") from None
         if self._named:
             self._tick()

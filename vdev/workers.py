@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ring.pump import Lane, Pump
 
 DESCRIPTORS = 2  # that a worker has
+PATIENCE = 0.1  # seconds: a worker lets go after a burst
+ATTACH_PATIENCE = 1.0  # and it takes a lane after one; where it does not, a session has to end that did nothing
 
 # What a thread does that is given a place, beside what all do (ring/pump.py).
 SYSCALLS = {"sched_setaffinity[0] == 0": "a worker goes to its processor; no thread moves another"}
@@ -70,8 +72,9 @@ class Worker:
         if self._pump is None:
             self._pump = Pump(self._cpu, self._poll_us)
 
-    def attach(self, lane: "Lane", patience: float) -> "Pump":
-        """Lend it ``lane`` -> who has it now. Raises WorkerLost, and what :meth:`start` raises."""
+    def attach(self, lane: "Lane", patience: float = ATTACH_PATIENCE) -> "Pump":
+        """Lend it ``lane`` -> who has it now. Raises what :meth:`start` raises, and WorkerLost: the lane, and what it
+        leads to, are the worker's for good then."""
         from ring.errors import QueueBusy
 
         self.start()
@@ -83,7 +86,7 @@ class Worker:
             raise WorkerLost(f"it did not take a queue within {patience:g} s") from None
         return self._pump
 
-    def detach(self, lane: "Lane", pump: "Pump", patience: float) -> None:
+    def detach(self, lane: "Lane", pump: "Pump", patience: float = PATIENCE) -> None:
         """Take ``lane`` back from ``pump``, which :meth:`attach` answered. Raises WorkerLost; the lane, and what it
         leads to, are the worker's for good then."""
         from ring.errors import QueueBusy
