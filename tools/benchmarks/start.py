@@ -1,16 +1,20 @@
-"""``start``: the time from exec until somebody can connect, beside a testpmd with a vhost port; and until vdev has said
-what it is, beside a Python that does nothing."""
+"""``start``: the time from exec until somebody can connect, and until whoever did so at once has its first answer,
+beside a testpmd with a vhost port; and until vdev has said what it is, beside a Python that does nothing."""
 
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 from benchmarks.parts import NetVhost, Run, processors
 from benchmarks.results import Outcome
 from benchmarks.rounds import Sample, Side, interleave
 
 from vdev.testing.process import Child
+from vhost_user.frontend import FrontEnd
+
+ANSWER_SECONDS = 20.0
 
 
 class Listening(Side):
@@ -27,19 +31,24 @@ class Listening(Side):
         with held, terminal:
             began = time.monotonic()
             with Child(command, terminal=terminal.fileno()) as child:
-                while not listens(path):
+                while (front_end := connected(path)) is None:
                     if not child.running():
                         raise child.died(f"{self.name} did not listen")
                     time.sleep(0.0005)
-                took = time.monotonic() - began
+                listens = time.monotonic() - began
+                with front_end:
+                    front_end.get_features()
+                    answers = time.monotonic() - began
                 child.kill()
-        return {"time": took * 1000}, 0.0
+        return {"time": listens * 1000, "answer": answers * 1000}, 0.0
 
 
-def listens(path: str) -> bool:
-    """Can one connect?"""
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(path) == 0
+def connected(path: str) -> FrontEnd | None:
+    """A front-end of who listens at ``path``; None where nobody does."""
+    try:
+        return FrontEnd.connect(path, timeout=ANSWER_SECONDS)
+    except OSError:
+        return None
 
 
 class Telling(Side):
@@ -67,4 +76,5 @@ def start(run: Run) -> Outcome:
                           Telling("python", [sys.executable, "-c", ""])], rounds, 0)
     return Outcome("start", "testpmd net_vhost; a bare Python", (
         listening.figure("exec to a listening socket", "time", "ms", peer.name, limit=250),
+        replace(listening.figure("exec to the first answer", "answer", "ms", peer.name), quantity="time"),
         telling.figure("--print-capabilities", "time", "ms", "python")))
