@@ -446,13 +446,8 @@ def test_results_are_shown_and_drawn_again_without_measuring(bench: SimpleNamesp
     assert "| drop | cost, 64 B, split |" in page.read_text()
 
 
-def test_what_a_build_lacks_is_said(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_a_machine_lacks_is_said(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = bench.parts.Run(tmp_path)
-    assert asked.vdev_knows("--socket-path")
-    asked._help = "nothing"
-    monkeypatch.setattr(bench.catalogue, "why_no_testpmd", lambda: None)
-    outcome = bench.catalogue.COMPARISONS["guest-to-guest"].outcome(asked)
-    assert outcome.missing == "not in this build of vdev: switch:, --poll-us" and not outcome.figures
     failing = bench.catalogue.Comparison("failing", lambda run: 1 // 0, testpmd=False)
     assert failing.outcome(asked).missing == "it failed: integer division or modulo by zero"
     monkeypatch.setattr(bench.catalogue, "why_no_testpmd", lambda: "no testpmd")

@@ -55,10 +55,8 @@ def weighted_percentile(counts: dict[int, int], share: float) -> int:
     raise ValueError("nothing was counted")
 
 
-def tenth_of_maximum(run: Run) -> int | None:
-    """A tenth of the frames a second that a vdev forwards which polls; None where it cannot poll."""
-    if not run.polling():
-        return None
+def tenth_of_maximum(run: Run) -> int:
+    """A tenth of the frames a second that a vdev forwards which polls."""
     paths = [run.socket(), run.socket()]
     with contextlib.ExitStack() as stack:
         backend = stack.enter_context(switch(run, paths))
@@ -68,7 +66,6 @@ def tenth_of_maximum(run: Run) -> int | None:
 
 def paced(run: Run) -> Outcome:
     """Frames at a steady rate between two guests: processor time and latency, against a testpmd that polls."""
-    run.needs("switch:")
     figures: list[Figure] = []
     tenth = None if run.quick else tenth_of_maximum(run)
     for pace in PACES[:1] if run.quick else (*PACES, *([tenth] if tenth else [])):

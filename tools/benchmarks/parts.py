@@ -29,6 +29,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 RING_SIZE = 1024
 MEMORY = 512  # MiB of a testpmd: 128 MiB of buffers, as they lie in its memory, and room
 SATURATED = 0.95
+POLLING = ("--poll-us", "always")  # options of a vdev that never sleeps
 _sockets = itertools.count(1)
 
 
@@ -53,7 +54,6 @@ class Run:
     huge: bool = False
     qemu: str | None = None
     commands: list[str] = field(default_factory=list)
-    _help: str | None = None
 
     def count(self, full: int, quick: int) -> int:
         """Rounds, or whatever else there is less of in a quick run."""
@@ -62,23 +62,6 @@ class Run:
     def socket(self) -> str:
         """A new path for a socket."""
         return str(self.folder / f"{next(_sockets)}.sock")
-
-    def vdev_knows(self, word: str) -> bool:
-        """Does ``vdev run --help`` mention ``word``?"""
-        if self._help is None:
-            self._help = subprocess.run([sys.executable, "-m", "vdev", "run", "--help"], capture_output=True, text=True,
-                                        timeout=60, check=True).stdout
-        return word in self._help
-
-    def needs(self, *words: str) -> None:
-        """Raises NotHere unless vdev knows all of these options."""
-        missing = [word for word in words if not self.vdev_knows(word)]
-        if missing:
-            raise NotHere(f"not in this build of vdev: {', '.join(missing)}")
-
-    def polling(self) -> list[str]:
-        """Options of a vdev that never sleeps, where it knows some."""
-        return ["--poll-us", "always"] if self.vdev_knows("--poll-us") else []
 
     def started(self, command: Sequence[str]) -> None:
         """Remember the command of a program, without what belongs to this machine."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from benchmarks.figures import Figure
-from benchmarks.parts import RING_SIZE, SATURATED, NetVhost, PollingSide, Run, SessionSide, Vdev, front_end
+from benchmarks.parts import POLLING, RING_SIZE, SATURATED, NetVhost, PollingSide, Run, SessionSide, Vdev, front_end
 from benchmarks.results import Outcome
 from benchmarks.rounds import Samples, Side, interleave
 
@@ -62,7 +62,7 @@ def drop(run: Run) -> Outcome:
 def _drop(run: Run, ring_format: str) -> list[Figure]:
     ours, theirs = run.socket(), run.socket()
     with contextlib.ExitStack() as stack:
-        vdev = stack.enter_context(Vdev(run, ["--socket-path", ours, "--port", "null:", *run.polling()]))
+        vdev = stack.enter_context(Vdev(run, ["--socket-path", ours, "--port", "null:", *POLLING]))
         peer = stack.enter_context(NetVhost(run, [theirs], "rxonly"))
         sides = [side_of(backend, partial(sending, run, path, ring_format), lambda counters: counters.sent, stack)
                  for backend, path in ((vdev, ours), (peer, theirs))]
@@ -111,13 +111,11 @@ def switch_devices(paths: Sequence[str]) -> list[str]:
 def switch(run: Run, paths: Sequence[str]) -> Vdev:
     """A vdev that polls, with these devices."""
     # One worker for all, as the testpmd that it is held against has one thread.
-    shared = ["--workers", "1"] if run.vdev_knows("--workers") else []
-    return Vdev(run, [*switch_devices(paths), *run.polling(), *shared])
+    return Vdev(run, [*switch_devices(paths), *POLLING, "--workers", "1"])
 
 
 def guest_to_guest(run: Run) -> Outcome:
     """Frames between two guests: ``switch:`` against testpmd io between two vhost ports."""
-    run.needs("switch:", "--poll-us")
     figures: list[Figure] = []
     for size in (64, 1518) if run.quick else (64, 512, 1518, 9000):
         for ring_format in FORMATS:
@@ -141,7 +139,6 @@ def _guest_to_guest(run: Run, ring_format: str, size: int) -> list[Figure]:
 
 def many(run: Run) -> Outcome:
     """A switch with sixteen guests in pairs, and with one more that takes nothing, against one with two."""
-    run.needs("switch:", "--poll-us")
     crowds = {"sixteen": (16, 0), "two": (2, 0), "one stopped": (16, 1)}  # guests that talk, guests without buffers
     sides = []
     with contextlib.ExitStack() as stack:
