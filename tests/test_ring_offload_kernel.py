@@ -10,7 +10,6 @@ import os
 import random
 import select
 import socket
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +21,7 @@ from scapy.packet import Raw
 
 from ring.offload import complete_checksum, segments
 from vdev.ports import tun
-from vdev.testing.isolated import isolated
+from vdev.testing.isolated import bridge, ip, isolated, mute
 from vdev.testing.netdriver import GSO_UDP, NEEDS_CSUM, NetHeader
 from vdev.testing.oversized import (
     ADDRESSES,
@@ -41,10 +40,6 @@ ROUNDS = 30
 SILENCE = 5.0  # seconds after which nothing more comes
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, timeout=30)
-
-
 @contextmanager
 def open_tap(name: str) -> Iterator[int]:
     """A TAP of frames behind a net header, whose reader can take no offload."""
@@ -61,14 +56,9 @@ def open_tap(name: str) -> Iterator[int]:
 @contextmanager
 def bridged() -> Iterator[tuple[int, int]]:
     """Two TAPs on a bridge, without a word from the host's own IP."""
+    mute()
     with open_tap("into") as into, open_tap("out") as out:
-        ip("link", "add", "between", "type", "bridge", "mcast_snooping", "0")
-        for name in ("into", "out", "between"):
-            with open(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "w", encoding="ascii") as file:
-                file.write("1")
-        for name in ("into", "out"):
-            ip("link", "set", name, "mtu", "65521", "master", "between", "up")
-        ip("link", "set", "between", "up")
+        bridge("into", "out")
         yield into, out
 
 

@@ -10,6 +10,7 @@ import errno
 import functools
 import os
 import signal
+import subprocess
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -45,6 +46,30 @@ def isolated(test: Callable[..., None]) -> Callable[..., None]:
             pytest.fail(text or f"the isolated test ended with {verdict} and said nothing", pytrace=False)
 
     return run
+
+
+def mute() -> None:
+    """Interfaces that are made from now on say nothing that nobody asked for: the host has no IPv6 there."""
+    with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+        _write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")
+
+
+def bridge(*names: str) -> None:
+    """Join these interfaces by a bridge, for frames of any length. A frame is where it goes, or is dropped and counted
+    there, when it is written: nothing queues it in between. Skips where there can be no bridge."""
+    try:
+        ip("link", "add", "between", "type", "bridge", "mcast_snooping", "0")
+    except subprocess.CalledProcessError:
+        pytest.skip("the kernel has no bridge")
+    for name in names:
+        subprocess.run(["tc", "qdisc", "replace", "dev", name, "root", "noqueue"], check=True, timeout=30)
+        ip("link", "set", name, "mtu", "65521", "master", "between", "up")
+    ip("link", "set", "between", "up")
+
+
+def ip(*words: str) -> str:
+    """What the command says. Raises CalledProcessError."""
+    return subprocess.run(["ip", *words], check=True, timeout=30, stdout=subprocess.PIPE, text=True).stdout
 
 
 def drop_rights() -> None:
