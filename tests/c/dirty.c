@@ -232,7 +232,7 @@ TEST(VU_LOG_B_06_no_mark_is_lost)
     CHECK(pthread_create(&device, NULL, publish_often, &r) == 0);
     if (r.can_meet)
         settle(0);
-    for (uint64_t round = 1; round <= (number ? number : 50000); round++) {
+    for (uint64_t round = 1; round <= (number ? number : 20000); round++) {
         __atomic_store_n(&r.round, round, __ATOMIC_RELEASE);
         pause_up_to(&random, 200);
         meetings += take(&r, &copy) && __atomic_load_n(&r.done, __ATOMIC_RELAXED) != round;

@@ -7,10 +7,12 @@ A program says what it holds in lines that begin with TEST(name), EACH_FORMAT(na
 test of them: ``program NAME [NUMBER]`` (tests/c/check.h).
 """
 
+import fcntl
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +92,8 @@ def found_fault(done: subprocess.CompletedProcess[str]) -> bool:
 
 class Builder:
     """Builds programs of ``programs``, a folder beside ring/, in ``folder``: each source once a flavour and fault.
-    The folders ``included`` hold what these programs include beside ring/ and their own.
+    The folders ``included`` hold what these programs include beside ring/ and their own. Several processes may share
+    a folder; what the others have built there is not built again, so they must see the same sources.
 
     Where a compiler or a sanitizer's library is missing, the test that asks is skipped and told which; where
     something does not compile, the test fails.
@@ -109,7 +112,8 @@ class Builder:
     def program(self, flavour: Flavour, name: str, fault: Fault | None = None) -> Path:
         """The program ``name``.c, built."""
         if flavour not in self._unusable:
-            self._unusable[flavour] = _why_unusable(flavour, self._folder)
+            with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+                self._unusable[flavour] = _why_unusable(flavour, Path(folder))
         if self._unusable[flavour]:
             pytest.skip(self._unusable[flavour])
         key = (flavour, name, fault)
@@ -120,7 +124,7 @@ class Builder:
             included = {Path(path).stem for path in re.findall(r'^#include "(.*[.]c)"', source.read_text(), re.M)}
             objects = [path for path in self._core(flavour, fault) if path.stem not in included]
             target = (programs if fault else self._folder) / f"{flavour.name}-{name}"
-            self._compile(flavour, source, *objects, "-o", target)
+            self._compile(flavour, target, source, *objects)
             self._made[key] = target
         return self._made[key]
 
@@ -135,7 +139,7 @@ class Builder:
         """(programs, ring) as this fault leaves them."""
         if fault not in self._trees:
             faulty = fault.applied_to((self._ring / fault.file).read_text())
-            root = self._folder / f"fault-{len(self._trees)}"
+            root = Path(tempfile.mkdtemp(prefix="fault-", dir=self._folder))
             for copied in (self._programs, *self._included):
                 shutil.copytree(copied, root / copied.relative_to(self._ring.parent))
             programs = root / self._programs.relative_to(self._ring.parent)
@@ -153,17 +157,22 @@ class Builder:
             files = [*sources.compiled(ring), *sources.driver_compiled(ring)]
             made = [objects / f"{file.stem}.o" for file in files]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(lambda pair: self._compile(flavour, "-c", pair[0], "-o", pair[1]),
-                              zip(files, made, strict=True)))
+                list(pool.map(lambda file, target: self._compile(flavour, target, "-c", file), files, made))
             self._objects[flavour, fault] = made
         return self._objects[flavour, fault]
 
     @staticmethod
-    def _compile(flavour: Flavour, *arguments: object) -> None:
-        command = [*flavour.options, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        if done.returncode:
-            pytest.fail(f"{' '.join(command)}\n{done.stderr}", pytrace=False)
+    def _compile(flavour: Flavour, target: Path, *arguments: object) -> None:
+        with open(f"{target}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if target.exists():
+                return
+            fresh = f"{target}.fresh"
+            command = [*flavour.options, *map(str, arguments), "-o", fresh]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode:
+                pytest.fail(f"{' '.join(command)}\n{done.stderr}", pytrace=False)
+            os.rename(fresh, target)
 
 
 def _why_unusable(flavour: Flavour, folder: Path) -> str:
