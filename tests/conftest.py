@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Note which rows each test is about. Leave long tests out (not: skip them) unless asked for, and with
-    --rows those about other rows."""
+    --rows those about other rows. Early ones come first."""
     patterns = (config.getoption("--rows") or "").split(",")
     chosen, left_out = [], []
     for item in items:
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (chosen if wanted and not late else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = chosen
+    items[:] = sorted(chosen, key=lambda item: item.get_closest_marker("early") is None)
 
 
 def about(item: pytest.Item) -> list[str]:

@@ -23,11 +23,13 @@ TEST_SECONDS = 2 * TOOL_SECONDS + 120
 
 # Of the marked tests, which a normal run leaves to --long: each QEMU takes one ring format.
 LONG_PAIRS = {("distribution", "packed"), ("backport", "split")}
+NEWEST = "backport"
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests/conftest.py looks for the mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Guests are slow, and what they are made of may have to be fetched: the usual limit is not for them.
+    """Guests are slow, and what they are made of may have to be fetched: the usual limit is not for them. With an
+    older QEMU a normal run takes at least one test of each module, and --long all (the mark newest_qemu).
 
     Tests that share one guest (a fixture of their module) stay together and in order when pytest-xdist deals
     the tests out (--dist=loadgroup)."""
@@ -39,6 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 rings = parameters.get("rings") or ("packed" if parameters["packed"] else "split")
                 if (parameters["qemu"], rings) in LONG_PAIRS:
                     item.add_marker(pytest.mark.long)
+            if item.get_closest_marker("newest_qemu") and item.callspec.params["qemu"] != NEWEST:
+                item.add_marker(pytest.mark.long)
             if "bench" in item.fixturenames:
                 item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{item.callspec.params['qemu']}"))
 

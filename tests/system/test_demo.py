@@ -107,6 +107,7 @@ def test_vdev_demo_without_qemu_says_what_to_install(folder: Path) -> None:
     assert done.stderr.startswith("vdev: ") and "apt install" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.early
 def test_tools_demo(folder: Path, image: Image) -> None:
     # The image is asked for so that its download is not part of this.
     before = _interfaces()

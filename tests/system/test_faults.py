@@ -90,6 +90,7 @@ def test_F24_memory_is_plugged_and_unplugged_under_traffic(daemon, lan, qemu, im
         assert not daemon.events("session-end") and not daemon.events("ring-broken")
 
 
+@pytest.mark.newest_qemu
 def test_F03_front_end_is_stopped_and_goes_on(daemon, lan, start_guest, socket_folder: Path) -> None:
     guest = start_guest(socket_folder / "vm")
     guest.set_address(f"{GUEST}/24")
@@ -101,6 +102,8 @@ def test_F03_front_end_is_stopped_and_goes_on(daemon, lan, start_guest, socket_f
     assert not daemon.events("session-end")
 
 
+@pytest.mark.early
+@pytest.mark.newest_qemu
 def test_F19_kernel_panics_under_traffic(daemon, lan, start_guest, socket_folder: Path) -> None:
     """The guest's kernel is told to reboot when it panics; the network is back with the next one."""
     guest = start_guest(socket_folder / "vm")
@@ -109,6 +112,6 @@ def test_F19_kernel_panics_under_traffic(daemon, lan, start_guest, socket_folder
         wait_until(lambda: reports, "the guest answers", SECONDS)
         guest.console.send(b"panic 5 echo c > /proc/sysrq-trigger\n")
         guest.wait_until_up()
-    guest.set_address(f"{GUEST}/24")
+        guest.set_address(f"{GUEST}/24")  # or the last hundred requests would wait for answers in vain
     assert ping_from_guest(guest, HOST, 20).lost == 0
     assert len(daemon.events("driver")) == 2 and not daemon.events("session-end")

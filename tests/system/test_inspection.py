@@ -61,6 +61,7 @@ def test_inspection_under_load_stops_nothing(lan, inspected) -> None:
     assert len(daemon.events("ring-resumed")) == ROUNDS * len(ASKED)
 
 
+@pytest.mark.newest_qemu
 @every_ring
 def test_inspection_of_every_queue_at_once(lan, inspected) -> None:
     """Both rings of the first pair are asked for before either goes on."""
@@ -73,6 +74,7 @@ def test_inspection_of_every_queue_at_once(lan, inspected) -> None:
     assert {event["ring"] for event in daemon.events("ring-resumed")} == ASKED
 
 
+@pytest.mark.newest_qemu
 @every_ring
 def test_inspection_of_a_guest_that_is_silent_and_of_one_without_a_driver(lan, inspected) -> None:
     """An interface that is down has its driver: its rings go on. Without a driver nothing is started."""

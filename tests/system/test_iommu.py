@@ -16,6 +16,7 @@ from vdev.testing.measure import ping_from_guest, ping_from_host, tcp
 HOST, GUEST = "10.14.0.1", "10.14.0.2"
 
 
+@pytest.mark.early
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_guest_behind_an_iommu_has_its_network(lan, start_daemon, qemu, image, socket_folder: Path, packed) -> None:
     if qemu.version < (10, 0):

@@ -5,6 +5,8 @@ import sys
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
+import pytest
+
 from vdev.qemu import qemu_args
 from vdev.testing.daemon import Daemon, as_plain_user
 from vdev.testing.ipxe import IpxeGuest
@@ -26,6 +28,7 @@ def test_lease_from_the_responder_without_privileges(qemu: QemuProgram, socket_f
     assert end["from_guest"]["dropped"] == end["to_guest"]["dropped"] == {}
 
 
+@pytest.mark.newest_qemu
 def test_a_bare_fd_without_privileges_serves_the_responder(qemu: QemuProgram, socket_folder: Path) -> None:
     """Where no TAP can be made, ``vdev --fd N`` says so and still gives the guest a network."""
     path = str(socket_folder / "ipxe")
@@ -40,6 +43,7 @@ def test_a_bare_fd_without_privileges_serves_the_responder(qemu: QemuProgram, so
         assert daemon.stop() == 0
 
 
+@pytest.mark.newest_qemu
 def test_another_guest_follows_on_the_same_socket(qemu: QemuProgram, socket_folder: Path) -> None:
     path = str(socket_folder / "ipxe")
     with Daemon(["--socket-path", path, "--port", "responder"], privileged=False) as daemon:

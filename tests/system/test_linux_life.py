@@ -30,6 +30,8 @@ def _back(guest: LinuxGuest, lan: Namespace) -> None:
     assert ping_from_host(lan, GUEST, 20).lost == 0
 
 
+@pytest.mark.early
+@pytest.mark.newest_qemu
 @pytest.mark.crossed
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_F17_network_is_back_after_two_reboots(lan, start_daemon, start_guest, socket_folder: Path, packed) -> None:
@@ -73,6 +75,8 @@ def test_F02_another_front_end_follows_a_killed_one(lan, start_daemon, start_gue
     assert (len(daemon.events("connect")), len(daemon.events("session-end"))) == (2, 2)
 
 
+@pytest.mark.early
+@pytest.mark.newest_qemu
 def test_two_guests_on_a_bridge_ping_each_other(lan, start_daemon, start_guest, socket_folder: Path) -> None:
     lan.run(["ip", "link", "add", "bridge0", "type", "bridge"])
     lan.run(["ip", "link", "set", "bridge0", "up"])
@@ -112,6 +116,7 @@ def _datagrams(guest: LinuxGuest) -> int:
     return udp["InDatagrams"] + udp["NoPorts"]
 
 
+@pytest.mark.newest_qemu
 def test_no_flow_is_steered_to_an_idle_queue(lan, start_daemon, start_guest, socket_folder: Path) -> None:
     """Four pairs negotiated, one enabled: the host's kernel must not spread flows over the other three."""
     socket_path = socket_folder / "flows"
@@ -128,6 +133,7 @@ def test_no_flow_is_steered_to_an_idle_queue(lan, start_daemon, start_guest, soc
     daemon.stop()
 
 
+@pytest.mark.newest_qemu
 def test_a_bare_listening_fd_is_enough(lan, start_guest, socket_folder: Path) -> None:
     """``vdev --fd N`` and nothing else, as management software starts it, makes a new TAP where it may."""
     with _listen(socket_folder / "fd") as server, _bare(server, lan) as daemon:
@@ -135,6 +141,7 @@ def test_a_bare_listening_fd_is_enough(lan, start_guest, socket_folder: Path) ->
         assert daemon.stop() == 0, daemon.log()
 
 
+@pytest.mark.newest_qemu
 def test_a_bare_connected_fd_is_enough(lan, start_guest, socket_folder: Path) -> None:
     # QEMU does not come up before somebody answers, so the daemon is started beside it once it has connected.
     # A child ends with the thread that started it: the pool has to live as long.

@@ -130,6 +130,7 @@ def own_device(lan: Namespace) -> list[list[str]]:
     return networks
 
 
+@pytest.mark.early
 @pytest.mark.parametrize(("postcopy", "packed", "times"), [
     pytest.param(False, False, 1, id="precopy-split-once"), pytest.param(True, True, 1, id="postcopy-packed-once"),
     *(pytest.param(postcopy, packed, 10, marks=pytest.mark.long,
@@ -164,6 +165,7 @@ def userfaults() -> None:
         pytest.skip(f"postcopy needs {PATH}, and permissions for it")
 
 
+@pytest.mark.newest_qemu
 def test_without_it_postcopy_is_refused_before_anything_moves(pair, boot, qemu) -> None:
     both = pair()
     guest = boot(both.networks[0])
@@ -218,6 +220,7 @@ def test_VU_NET_B_01_guest_that_cannot_announce_itself_is_announced(sound, bridg
     assert ping_from_host(bridge, GUEST, 20).lost == 0
 
 
+@pytest.mark.newest_qemu
 def test_F30_without_the_log_qemu_refuses_and_the_line_says_why(pair, boot) -> None:
     both = pair("--features=-log_all")
     guest = boot(both.networks[0])

@@ -127,6 +127,7 @@ def test_F04_F05_killed_under_load_many_times(lan, start_guest, socket_folder: P
     tell(f"{rings}, {role}", gaps)
 
 
+@pytest.mark.newest_qemu
 @pytest.mark.crossed
 @pytest.mark.parametrize("rings", ["split", "packed"])
 def test_F09_restarted_while_the_guest_is_paused(lan, start_guest, socket_folder: Path, rings: str) -> None:
@@ -144,6 +145,7 @@ def test_F09_restarted_while_the_guest_is_paused(lan, start_guest, socket_folder
         guest.stop()
 
 
+@pytest.mark.newest_qemu
 def test_F06_a_vdev_that_offers_less_than_the_guest_uses_says_so(lan, start_guest, socket_folder: Path) -> None:
     path = socket_folder / "s"
     with Supervised(["--socket-path", str(path), "--port", f"tap:{TAP},ip={HOST}/24"], lan) as vdev:

@@ -12,6 +12,8 @@ UPGRADES = 3
 STATE = "cat /sys/class/net/eth0/carrier_changes /proc/sys/kernel/random/boot_id"
 
 
+@pytest.mark.early
+@pytest.mark.newest_qemu
 @pytest.mark.crossed
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_upgrades_under_traffic_go_unnoticed(lan, start_daemon, start_guest, socket_folder: Path, packed: bool) -> None:
