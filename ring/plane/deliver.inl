@@ -160,15 +160,13 @@ static void deliver_frame(struct lane *l, struct vq *q, const struct frame *f)
     place_fitting(l, q, &header, f->head, f->pieces, f->length);
 }
 
-/* Have what the frame after so many others will be written to on its way to the cache: the guest had it last. */
-INLINED void come_near(const struct vq *q, uint32_t ahead)
+/* Where the frame after so many others will be written to. */
+INLINED void come_near_ahead(const struct vq *q, uint32_t ahead)
 {
     const uint8_t *begin = q->config.iotlb ? NULL : RING(ahead)(q, ahead);
 
-    if (begin) {
-        __asm__ volatile("prefetchw %0" :: "m"(*begin));
-        __asm__ volatile("prefetchw %0" :: "m"(begin[NET_HEADER + ETHERNET_HEADER]));
-    }
+    if (begin)
+        come_near(begin);
 }
 
 static void deliver(struct lane *l)
@@ -182,9 +180,9 @@ static void deliver(struct lane *l)
     RING(disarm)(q);
     l->stats.to_guest.bursts++;
     for (uint32_t i = 0; i < AHEAD; i++)
-        come_near(q, i);
+        come_near_ahead(q, i);
     while (d->left) {
-        come_near(q, AHEAD);
+        come_near_ahead(q, AHEAD);
         const struct frame *f = &d->batch->frames[__builtin_ctzll(d->left)];
         if (unlikely(q->broken || d->waiting))
             count_drop(&l->stats.to_guest, DROP_STOPPED);
