@@ -23,7 +23,7 @@ if not sources.compiled(RING):
 
 PROGRAMS = {
     GCC: ("arithmetic", "budget", "dirty", "enumerate", "guestmem", "mutate", "offload", "pump", "rings", "switch",
-          "workers"),
+          "takeover", "workers"),
     CLANG: ("dirty", "guestmem", "mutate", "offload", "pump", "rings", "workers"),
     THREADS: ("dirty", "pump", "switch", "workers"),
     FAST: ("arithmetic", "dirty", "litmus"),

@@ -175,20 +175,26 @@ static bool outstanding(const struct vq *q, struct place a, struct place b)
     return !inside;
 }
 
+static bool avail_flag(const struct vq *q, uint16_t slot)
+{
+    return load16_acquire(&q->packed[slot].flags) & PACKED_F_AVAIL;
+}
+
 /* Where the driver makes descriptors available next: AVAIL is its counter in all slots before, and is not in those
- * behind. -> false when they are in no order, as while it writes a chain, whose first flags come last. */
+ * behind. -> false when they are in no order, as while it writes a chain, whose first flags come last, or when it
+ * passed slot 0 while we looked: slots behind would be compared with what slot 0 was. */
 static bool driver_at(const struct vq *q, struct place *driver)
 {
-    bool before = load16_acquire(&q->packed[0].flags) & PACKED_F_AVAIL;
+    bool before = avail_flag(q, 0);
     uint16_t slot = 1;
 
-    while (slot < q->size && !!(load16_acquire(&q->packed[slot].flags) & PACKED_F_AVAIL) == before)
+    while (slot < q->size && avail_flag(q, slot) == before)
         slot++;
     *driver = slot == q->size ? (struct place){0, !before} : (struct place){slot, before};
     for (; slot < q->size; slot++)
-        if (!!(load16_acquire(&q->packed[slot].flags) & PACKED_F_AVAIL) == before)
+        if (avail_flag(q, slot) == before)
             return false;
-    return true;
+    return avail_flag(q, 0) == before;
 }
 
 /* Is p in the first round of a ring whose slots were all completed up to p, and none behind? Then the device stands
