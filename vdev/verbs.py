@@ -96,6 +96,12 @@ def _demo(arguments: list[str], prog: str) -> None:
     run_demo(arguments, prog)
 
 
+def _check(arguments: list[str], prog: str) -> None:
+    from vdev.conformance.command import check
+
+    check(arguments, prog)
+
+
 def _capabilities(arguments: list[str], prog: str) -> None:
     from vdev import descriptor
 
@@ -149,6 +155,7 @@ VERBS = {
     "run": Verb("serve a virtio-net device; this is what `vdev` without a verb does", _run),
     "qemu-args": Verb("print the QEMU options for a socket", _qemu_args),
     "demo": Verb("watch a guest get an address and answer pings: no root, no image", _demo),
+    "check": Verb("hold any vhost-user net back-end against the specifications", _check),
     "capabilities": Verb("print what this build can do", _capabilities),
     "install-descriptor": Verb("make vdev known to management software", _install_descriptor),
     "install-units": Verb("have systemd start vdev for a guest", _install_units),
