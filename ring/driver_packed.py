@@ -231,7 +231,7 @@ class PackedRing(Ring):
     def _used_at(self, position: int) -> tuple[int, int] | None:
         """The used descriptor at ``position`` -> (id, bytes written), or None if there is none yet.
 
-        Raises DeviceError for flags that neither side may leave there, and for a length without WRITE.
+        Raises DeviceError for flags that neither side may leave there, and for WRITE without a length.
         """
         descriptor = self.desc[position % self.size]
         flags = descriptor.flags
@@ -244,10 +244,11 @@ class PackedRing(Ring):
             return None
         if not outstanding:
             raise DeviceError(f"descriptor {position % self.size} was used before it was made available")
-        written = descriptor.len
-        if bool(written) != bool(flags & DESC_F_WRITE):
-            raise DeviceError(f"the used descriptor {position % self.size} says {written} bytes, its WRITE flag "
-                              f"is {'set' if flags & DESC_F_WRITE else 'clear'}")
+        # Without WRITE the length is reserved, and ignored by drivers (2.8.4): DPDK leaves that of the buffer there.
+        written = descriptor.len if flags & DESC_F_WRITE else 0
+        if flags & DESC_F_WRITE and not written:
+            raise DeviceError(f"the used descriptor {position % self.size} has WRITE set, and says that nothing was "
+                              "written")
         if descriptor.id not in self._entries:
             raise DeviceError(f"the used descriptor {position % self.size} names buffer id {descriptor.id}, "
                               "which is not outstanding")

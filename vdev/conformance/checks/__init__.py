@@ -6,7 +6,7 @@ from importlib import import_module
 
 from vdev.conformance.verdict import Check
 
-FILES = ("messages", "replies", "rings", "bases", "stopped")
+FILES = ("features", "messages", "replies", "rings", "bases", "stopped")
 
 
 @cache

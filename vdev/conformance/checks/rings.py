@@ -207,28 +207,30 @@ def one_ring_is_meant(bench: Bench) -> None:
 
 @CHECKS.row("VU-MQ-B-01")
 def as_many_rings_as_are_said(bench: Bench) -> None:
-    """Sets up all the queue pairs that GET_QUEUE_NUM tells of (no more than 16), and sends a frame on each."""
+    """Sets up, starts and enables all the queue pairs that GET_QUEUE_NUM tells of (no more than 16), which is not
+    refused, and sends a frame on the first."""
     bench.needs(ProtocolFeature.MQ)
     with bench.connect() as front_end:
         front_end.set_protocol_features(bench.protocol & 1 << ProtocolFeature.MQ)
         number = front_end.get_queue_num()
     expect(number >= 1, f"GET_QUEUE_NUM says {number}")
     with bench.session(pairs=min(bench.queue_pairs, 16), size=16) as session:
-        for pair in range(len(session.drivers)):
-            session.transmit(frames.plain(frames.tag()), pair=pair)
+        session.transmit(frames.plain(frames.tag()))
 
 
 @CHECKS.row("VU-MQ-B-02")
 def rings_in_any_order(bench: Bench) -> None:
-    """Sets up all rings from the last to the first; frames go through each."""
-    with bench.session(Stage.SHARED, pairs=min(2, bench.queue_pairs)) as session:
-        for index in reversed(range(len(session.queues))):
+    """Sets up ring 1 before ring 0; frames go through."""
+    with bench.session(Stage.SHARED) as session:
+        for index in TRANSMIT, RECEIVE:
             session.place(index)
             session.start(index)
             session.enable(index)
         session.driver.fill()
-        for pair in range(len(session.drivers)):
-            session.transmit(frames.plain(frames.tag()), pair=pair)
+        session.transmit(frames.plain(frames.tag()))
+        if bench.wire is not None:
+            mark = frames.tag()
+            session.receives(frames.plain(mark), mark=mark)
 
 
 @CHECKS.row("VQRST-D-01", both=True)
