@@ -176,8 +176,9 @@ class Session:
         self.protocol = protocol & bench.protocol
         self.bit_30 = bit_30
         self.memory = memory or GuestMemory(8 << 20)
-        self.drivers = [NetDriver(self.memory, size=size, features=self.features, base=base, buffer_size=buffer_size)
-                        for _ in range(pairs)]
+        self._make = lambda: [NetDriver(self.memory, size=size, features=self.features, base=base,
+                                        buffer_size=buffer_size) for _ in range(pairs)]
+        self.drivers = self._make()
         self.stage = Stage.CONNECTED
         self._linked = False
         self.front_end: TracedFrontEnd = bench.connect()
@@ -254,6 +255,12 @@ class Session:
             self.front_end.set_status(status)
 
     # ----------------------------------------------------------------------------------------------- queues
+
+    def new_queues(self) -> None:
+        """The driver begins anew, with queues of which nobody knows yet."""
+        for driver in self.drivers:
+            driver.close()
+        self.drivers = self._make()
 
     @property
     def queues(self) -> list[DriverQueue]:

@@ -9,7 +9,7 @@ from vdev.conformance import checks
 from vdev.conformance.bench import Bench
 from vdev.conformance.verdict import Broken, Check, NotOffered, NotReachable, Result, Verdict
 from vdev.testing.rows import Row
-from vhost_user.errors import Close, Disconnected
+from vhost_user.errors import Close, Disconnected, Refused
 from vhost_user.frontend import NoAnswer, RequestRefused
 
 COMES_BACK = 5.0  # seconds that a back-end which died has to come back
@@ -67,7 +67,7 @@ def _verdict(run: Callable[[], None]) -> tuple[Verdict, str]:
         return Verdict.FAIL, str(why).partition(";")[0]
     except Disconnected:
         return Verdict.FAIL, "the back-end closed the connection"
-    except Close as why:
+    except (Close, Refused) as why:
         return Verdict.FAIL, f"what the back-end sent makes no sense: {why}"
     except (DeviceError, RingFull, OutOfGuestMemory) as why:
         return Verdict.FAIL, f"the driver could not go on: {why}"

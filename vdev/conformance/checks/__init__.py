@@ -6,7 +6,7 @@ from importlib import import_module
 
 from vdev.conformance.verdict import Check
 
-FILES = ("features", "messages", "replies", "rings", "bases", "stopped")
+FILES = ("status", "features", "messages", "replies", "rings", "bases", "stopped", "memory", "log")
 
 
 @cache
