@@ -14,12 +14,12 @@ from vdev.conformance import frames
 from vdev.conformance.trace import TracedFrontEnd
 from vdev.conformance.verdict import Broken, NotOffered, NotReachable, expect
 from vdev.conformance.wire import Wire
-from vdev.net.features import Feature, mask
+from vdev.net.features import Feature, mask, names
 from vdev.testing.netdriver import NetDriver, NetHeader, Received
 from vdev.testing.scripted import ring_setup, shared_regions
 from vhost_user.errors import PeerError
 from vhost_user.frontend import NoAnswer, RequestRefused
-from vhost_user.spec import ProtocolFeature, Status
+from vhost_user.spec import ProtocolFeature, Status, bit_names
 from vhost_user.spec import mask as protocol_mask
 
 BASIC = mask(Feature.VERSION_1, Feature.MRG_RXBUF)
@@ -128,6 +128,9 @@ class Bench:
         except BaseException:
             session.close()
             raise
+        session.front_end.trace.clear()
+        session.note(f"a session, {stage.name.lower()}; features {' '.join(names(session.features))}; protocol features "
+                     f"{bit_names(session.front_end.protocol_features, ProtocolFeature) or 'none'}")
         return session
 
     def begin(self, packed: bool) -> None:

@@ -135,8 +135,8 @@ def used_ring_is_marked_where_told(bench: Bench) -> None:
 
 @CHECKS.row("VU-LOG-B-05")
 def position_in_the_log(bench: Bench) -> None:
-    """Shares a log that begins two pages into its file: a frame sent marks the page of log_guest_addr, beside it no page
-    but of guest memory, and nothing in front of the log is written."""
+    """Shares a log that begins two pages into its file: a frame sent marks the page of log_guest_addr, no other outside
+    of guest memory, and nothing in front of the log is written."""
     with logging(bench, offset=2 * PAGE, used_at=OUTSIDE) as (session, log):
         log.clear()
         session.transmit(frames.plain(frames.tag()))
