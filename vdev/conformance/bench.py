@@ -129,8 +129,8 @@ class Bench:
             session.close()
             raise
         session.front_end.trace.clear()
-        session.note(f"a session, {stage.name.lower()}; features {' '.join(names(session.features))}; protocol features "
-                     f"{bit_names(session.front_end.protocol_features, ProtocolFeature) or 'none'}")
+        session.note(f"a session, {stage.name.lower()}: {' '.join(names(session.features))}; "
+                     f"{bit_names(session.front_end.protocol_features, ProtocolFeature) or 'no protocol features'}")
         return session
 
     def begin(self, packed: bool) -> None:
@@ -313,6 +313,13 @@ class Session:
         self._link()
         self.note(f"a frame of {len(frame)} bytes comes from the network")
         wire.inject(self, frame, header)
+
+    def inject_burst(self, several: Sequence[bytes]) -> None:
+        """As :meth:`inject`, ``several`` frames as close together as can be. Raises NotReachable without a wire."""
+        wire = self.bench.needs_wire()
+        self._link()
+        self.note(f"{len(several)} frames come from the network")
+        wire.burst(self, several)
 
     def _link(self) -> None:
         """Wait until frames get through: some back-ends need a moment after the rings have started."""

@@ -7,6 +7,7 @@ socket:PATH   a second vhost-user socket of the same back-end, whose guest gets 
 
 import socket
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from vdev.errors import Misuse
@@ -35,6 +36,9 @@ class Wire(Protocol):
     def inject(self, session: "Session", frame: bytes, header: NetHeader) -> None:
         """A frame comes to the back-end from there."""
 
+    def burst(self, session: "Session", several: Sequence[bytes]) -> None:
+        """Frames come to the back-end from there, as close together as can be."""
+
     def leaves(self, session: "Session", mark: bytes, seconds: float) -> Left | None:
         """The next frame with ``mark`` that gets there, None after ``seconds``."""
 
@@ -50,6 +54,12 @@ class Reflect:
 
     def inject(self, session: "Session", frame: bytes, header: NetHeader) -> None:
         session.driver.transmit(frame, header)
+        session.reclaimed()
+
+    def burst(self, session: "Session", several: Sequence[bytes]) -> None:
+        for frame in several:
+            session.driver.offer(frame)
+        session.driver.transmitq.submit()
         session.reclaimed()
 
     def leaves(self, session: "Session", mark: bytes, seconds: float) -> Left | None:
@@ -77,6 +87,10 @@ class Tap:
 
     def inject(self, session: "Session", frame: bytes, header: NetHeader) -> None:
         self._socket.send(header.pack()[:_VNET_HEADER] + frame)
+
+    def burst(self, session: "Session", several: Sequence[bytes]) -> None:
+        for frame in several:
+            self.inject(session, frame, NetHeader())
 
     def leaves(self, session: "Session", mark: bytes, seconds: float) -> Left | None:
         deadline = time.monotonic() + seconds
@@ -108,6 +122,12 @@ class Peer:
 
     def inject(self, session: "Session", frame: bytes, header: NetHeader) -> None:
         self._guest.driver.transmit(frame, header)
+        self._guest.driver.reclaim_all(session.bench.seconds)
+
+    def burst(self, session: "Session", several: Sequence[bytes]) -> None:
+        for frame in several:
+            self._guest.driver.offer(frame)
+        self._guest.driver.transmitq.submit()
         self._guest.driver.reclaim_all(session.bench.seconds)
 
     def leaves(self, session: "Session", mark: bytes, seconds: float) -> Left | None:

@@ -7,7 +7,8 @@ from importlib import import_module
 from vdev.conformance.verdict import Check
 
 FILES = ("status", "features", "messages", "replies", "rings", "bases", "stopped", "memory", "log",
-         "split", "split_notify", "packed", "packed_notify")
+         "split", "split_notify", "packed", "packed_notify", "transmit",
+         "receive")
 
 
 @cache

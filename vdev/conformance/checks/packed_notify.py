@@ -82,8 +82,8 @@ def event_offset(bench: Bench) -> None:
             session.driver.transmitq.called()
             session.note(f"five frames from slot {ring.next_used % ring.size}, the event is {ring.off_wrap(at):#06x}")
             used_quietly(session, 5)
-            expect(called(session), f"five descriptors were used, the call was due for number {place} of them, and none "
-                   "came")
+            expect(called(session), f"five descriptors were used, number {place} of them was the one named, and no "
+                   "call came")
         for _ in range(4):
             at = (ring.next_used + 9) % (2 * ring.size)
             ring.driver_event.set(ring.off_wrap(at), EVENT_DESC)

@@ -343,11 +343,7 @@ def lengths_in_order(bench: Bench, packed: bool) -> None:
     with bench.session(needs=[F.IN_ORDER], packed=packed, size=64) as session:
         linked(session)
         sent = {frames.tag(): 60 + 13 * number for number in range(20)}
-        for mark, length in sent.items():
-            session.driver.offer(frames.plain(mark, length)) if bench.wire.reflects else \
-                bench.wire.inject(session, frames.plain(mark, length), NO_OFFLOAD)
-        if bench.wire.reflects:
-            session.driver.transmitq.submit()
+        session.inject_burst([frames.plain(mark, length) for mark, length in sent.items()])
         for mark, length in sent.items():
             received = session.arrives(mark)
             expect(received is not None, "a frame was lost")
