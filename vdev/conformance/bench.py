@@ -180,7 +180,7 @@ class Session:
         self.bit_30 = bit_30
         self.memory = memory or GuestMemory(8 << 20)
         self._make = lambda: [NetDriver(self.memory, size=size, features=self.features, base=base,
-                                        buffer_size=buffer_size) for _ in range(pairs)]
+                                        buffer_size=buffer_size, lenient=True) for _ in range(pairs)]
         self.drivers = self._make()
         self.stage = Stage.CONNECTED
         self._linked = False

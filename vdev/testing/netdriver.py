@@ -72,12 +72,14 @@ class NetDriver:
 
     size: descriptors of each queue. features: negotiated mask. buffer_size: bytes of one receive buffer,
     header included; None: what a driver with these features posts (5.1.6.3.1). base: where both rings
-    start, as SET_VRING_BASE carries it; None: fresh.
+    start, as SET_VRING_BASE carries it; None: fresh. lenient: without MRG_RXBUF a frame has one buffer, whatever
+    num_buffers says.
     """
 
     def __init__(self, memory: GuestMemory, *, size: int = 256, features: int = 0,
-                 buffer_size: int | None = None, base: int | None = None) -> None:
+                 buffer_size: int | None = None, base: int | None = None, lenient: bool = False) -> None:
         self.memory = memory
+        self.lenient = lenient
         self.features = features
         self.mergeable = bool(features >> Feature.MRG_RXBUF & 1)
         if buffer_size is None:
@@ -112,10 +114,11 @@ class NetDriver:
         if first is None:
             return None
         header = NetHeader.unpack(first.data)
-        if header.num_buffers < 1 or (header.num_buffers > 1 and not self.mergeable):
+        count = 1 if self.lenient and not self.mergeable else header.num_buffers
+        if count < 1 or (count > 1 and not self.mergeable):
             raise DeviceError(f"num_buffers is {header.num_buffers}")
         parts = [first.data[NetHeader.SIZE:]]
-        for _ in range(header.num_buffers - 1):
+        for _ in range(count - 1):
             more = self.receiveq.collect()
             if more is None:
                 raise DeviceError(f"num_buffers is {header.num_buffers}, but {len(parts)} buffers were used")

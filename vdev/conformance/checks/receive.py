@@ -64,8 +64,8 @@ def buffers_come_together(bench: Bench) -> None:
 
 @CHECKS.row("NET-RX-D-05", "NET-RX-D-06", both=True)
 def one_header(bench: Bench) -> None:
-    """Lets frames of 60 to 4000 bytes come to mergeable buffers of 512: behind one header, in the first, are the frame's
-    bytes and no others, and used lengths say how many."""
+    """Lets frames of 60 to 4000 bytes come to mergeable buffers of 512: behind one header, in the first, are the
+    frame's bytes and no others, and used lengths say how many."""
     def look(frame, parts, due) -> None:
         total = sum(part.written for part in parts)
         expect(total == HEADER + len(frame), f"used lengths add up to {total}, not {HEADER + len(frame)}")
