@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # the cffi definition, in this order
-CONTRACTS = ("core/ring.h", "plane/fabric.h", "plane/pump.h", "plane/offload.h")
+CONTRACTS = ("core/ring.h", "plane/fabric.h", "plane/settings.h", "plane/pump.h", "plane/offload.h")
 INCLUDED = ("core/include.h", "plane/include.h")  # the same, as C sees them
 COMPILER_FLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fno-strict-aliasing", "-ftls-model=initial-exec",
                   "-pthread")

@@ -3,5 +3,6 @@
 
 #include "../core/include.h"
 #include "fabric.h"
+#include "settings.h"
 #include "pump.h"
 #include "offload.h"
