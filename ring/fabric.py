@@ -5,8 +5,11 @@ thread: who is there, time, counters.
 """
 
 import os
+from collections.abc import Sequence
 
 from ring.build import ffi, lib
+from ring.errors import QueueBusy, error
+from ring.receive_settings import ReceiveSettings, as_struct
 
 MEMBERS = lib.FABRIC_MEMBERS
 DOORS = lib.FABRIC_DOORS
@@ -25,11 +28,28 @@ class Member:
         self.fabric = fabric
         self.handle = handle
         self.number: int = lib.member_number(handle)
+        self._settings: tuple[ReceiveSettings, tuple[int, ...]] | None = None
 
     def spread(self, doors: int) -> None:
         """Flows to it are spread over the doors 0 to ``doors`` - 1; 0: it is down, and what was behind it forgotten.
         To be called while its lanes are detached."""
         lib.member_spread(self.handle, doors)
+
+    def receive(self, settings: ReceiveSettings | None, doors: Sequence[int], timeout_ms: int = 1000) -> None:
+        """What its driver has set from now on; None: nothing. doors: which receiveq, by number, is behind door 0, 1,
+        ... To be called while its lanes are detached; no frame comes any more by what held before.
+
+        Raises QueueBusy when a sender does not let go of frames for it in time; ValueError as ``as_struct``."""
+        wanted = settings and (settings, tuple(doors))
+        if wanted == self._settings:
+            return
+        made = ffi.NULL if settings is None else as_struct(settings, doors)
+        status = lib.member_receive(self.handle, made, timeout_ms)
+        if status == lib.RING_E_BUSY:
+            raise QueueBusy("RING_E_BUSY", f"a sender did not let go of its frames within {timeout_ms} ms")
+        if status < 0:
+            raise error(status)
+        self._settings = wanted
 
     def learn(self, mac: bytes) -> None:
         """The station with this address (6 bytes) is behind the member."""
@@ -39,7 +59,8 @@ class Member:
         """Frames it did not get, by reasons (ring.pump.DROP_REASONS) that show before a lane of it is looked at."""
         missed = ffi.new("struct member_missed *")
         lib.member_missed(self.handle, missed)
-        return {reason: frames for reason, frames in (("busy", missed.busy), ("stopped", missed.stopped)) if frames}
+        counts = {"busy": missed.busy, "stopped": missed.stopped, "unwanted": missed.unwanted}
+        return {reason: frames for reason, frames in counts.items() if frames}
 
     def leave(self) -> None:
         """Leave the switch. Its lanes must be detached, and not name it any more before they are attached."""

@@ -16,7 +16,7 @@ from ring.virtqueue import VirtQueue, guard
 
 # enum drop_reason, as the names are printed
 DROP_REASONS = ("bad_chain", "bad_header", "bad_length", "disabled", "port", "no_port", "too_small", "offload", "null",
-                "filtered", "no_receiver", "busy", "no_buffers", "stopped")
+                "filtered", "no_receiver", "busy", "no_buffers", "stopped", "unwanted")
 
 DETACH_TIMEOUT_MS = 100
 ATTACH_TIMEOUT_MS = 1000

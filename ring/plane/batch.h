@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lane.h"
+#include "receive.h"
 #include "table.h"
 
 #define HEAD_BYTES (NET_HEADER + ETHERNET_HEADER)
@@ -27,6 +28,7 @@ struct frame {
     uint32_t count;
     uint32_t length; /* bytes in them */
     uint32_t flow;   /* a hash that all frames of one flow have in common */
+    struct hash_header hash; /* for the member in hand; zeroes: none was made, as for most members */
     bool writable;   /* the chain has device-writable buffers */
     bool lost;       /* counted; the chain goes back all the same */
 };
@@ -40,6 +42,7 @@ struct batch {
     int why_none;                  /* ...the enum drop_reason for which nobody did */
     uint64_t members;              /* bits: who gets any of the frames */
     uint64_t to[FABRIC_MEMBERS];   /* bits: which of the frames; all zero between two bursts */
+    struct sorting sorting;        /* for the member in hand */
     struct frame frames[BURST_FRAMES];
     struct piece pool[BATCH_PIECES];
     uint8_t room[];                /* [UPLINK_ROOM] of an uplink */
@@ -60,6 +63,9 @@ struct member {
     uint32_t number;
     uint32_t spread; /* atomic: doors that flows are spread over; 0: down */
     bool uplink;
+    struct receiver *receiver; /* atomic: what its driver has set; NULL: nothing */
+    uint32_t users;            /* atomic: senders that are looking at that, or have what it lets in in hand */
+    uint64_t unwanted;         /* atomic: frames that it refuses */
     struct door doors[FABRIC_DOORS] __attribute__((aligned(64)));
 };
 
@@ -81,6 +87,9 @@ int fabric_route(const struct member *from, struct batch *b, uint32_t i);
 /* Hand the frames of the lane's batch to whom they were routed; callers hold no guard. -> false: the sender's memory
  * vanished. */
 bool fabric_deliver(const struct lane *from);
+
+/* Take frames of the lane's batch through one door; `shared`: an uplink's. -> false: the sender's memory vanished */
+bool fabric_through(struct door *d, const struct lane *from, uint64_t frames, bool shared);
 
 /* Nobody gets the frames of this batch. */
 void fabric_discard(struct batch *b);

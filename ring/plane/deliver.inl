@@ -8,11 +8,9 @@
 
 #define AHEAD 8
 
-/* Copy `length` bytes that lie in `from` behind the room for the header of `to`; both have as many. */
-static void copy_frame(const struct piece *to, const struct piece *from, uint64_t length)
+/* Copy `length` bytes that lie in `from` behind the first `skip` bytes of `to`; both have as many. */
+static void copy_frame(const struct piece *to, uint64_t skip, const struct piece *from, uint64_t length)
 {
-    uint64_t skip = NET_HEADER;
-
     while (to->len <= skip)
         skip -= (to++)->len;
     uint8_t *at = to->base + skip;
@@ -78,13 +76,14 @@ static void place(struct lane *l, struct vq *q, struct net_header *header, const
     struct flow_stats *stats = &l->stats.to_guest;
     struct delivery *d = &l->delivery;
     struct intake in = {0};
+    uint64_t before = NET_HEADER + l->hash_header;
 
-    if (likely(place_simply(l, q, header, pieces, length)))
+    if (likely(!l->hash_header && place_simply(l, q, header, pieces, length)))
         return;
-    int status = take_chains(l, q, &in, NET_HEADER + length);
+    int status = take_chains(l, q, &in, before + length);
     if (unlikely(q->broken))
         return count_drop(stats, DROP_STOPPED);
-    if (unlikely(in.capacity < NET_HEADER + length)) {
+    if (unlikely(in.capacity < before + length)) {
         bool never = can_never_fit(l, q, &in, status);
         give_back(q, &in);
         if (status == RING_E_MISS) {
@@ -97,8 +96,10 @@ static void place(struct lane *l, struct vq *q, struct net_header *header, const
     d->slots = in.slots;
     d->pieces = in.pieces;
     __asm__ volatile("" ::: "memory"); /* noted, whatever becomes of the copy */
-    copy_frame(l->pieces + 1, pieces, length);
-    wrote_pieces(q, l->pieces + 1, in.pieces, NET_HEADER, length);
+    copy_frame(l->pieces + 1, before, pieces, length);
+    if (unlikely(l->hash_header))
+        pieces_copy(l->pieces + 1, in.pieces, NET_HEADER, (uint8_t *)&d->hash, sizeof(d->hash), true);
+    wrote_pieces(q, l->pieces + 1, in.pieces, NET_HEADER, before - NET_HEADER + length);
     complete(l, q, &in, header, length);
     d->slots = d->pieces = 0;
 }
@@ -155,6 +156,7 @@ static void deliver_frame(struct lane *l, struct vq *q, const struct frame *f)
 {
     struct net_header header = f->header;
 
+    l->delivery.hash = f->hash;
     if (unlikely(!header_is_zero(&header) && header_to_guest(&header, l->config.features)))
         return deliver_made_up(l, q, f);
     place_fitting(l, q, &header, f->head, f->pieces, f->length);

@@ -214,8 +214,7 @@ static bool deliver_to_ring(const struct lane *from, struct lane *to, uint64_t f
     return sender_is_there;
 }
 
-/* -> false: the sender's memory vanished */
-static bool through(struct door *d, const struct lane *from, uint64_t frames, bool shared)
+bool fabric_through(struct door *d, const struct lane *from, uint64_t frames, bool shared)
 {
     bool fine = true;
 
@@ -240,8 +239,10 @@ static bool deliver_to(struct member *m, const struct lane *from, uint64_t frame
     const struct frame *all = from->batch->frames;
     uint32_t doors = __atomic_load_n(&m->spread, __ATOMIC_RELAXED);
 
+    if (unlikely(__atomic_load_n(&m->receiver, __ATOMIC_RELAXED)))
+        return receive_deliver(m, from, frames);
     if (doors <= 1) /* down by now: the door is closed, and counts */
-        return through(&m->doors[0], from, frames, m->uplink);
+        return fabric_through(&m->doors[0], from, frames, m->uplink);
     while (frames) {
         uint32_t door = all[__builtin_ctzll(frames)].flow % doors;
         uint64_t mine = 0;
@@ -251,7 +252,7 @@ static bool deliver_to(struct member *m, const struct lane *from, uint64_t frame
                 mine |= 1ull << i;
         }
         frames &= ~mine;
-        if (!through(&m->doors[door], from, mine, m->uplink))
+        if (!fabric_through(&m->doors[door], from, mine, m->uplink))
             return false;
     }
     return true;
@@ -314,6 +315,7 @@ struct member *fabric_join(struct fabric *f, int uplink)
 void fabric_leave(struct member *m)
 {
     member_spread(m, 0);
+    receive_forget(m);
     for (uint32_t i = 0; i < FABRIC_DOORS; i++)
         if (m->doors[i].busy || m->doors[i].stopped) /* most were never touched, and stay so */
             m->doors[i].busy = m->doors[i].stopped = 0;
@@ -376,7 +378,7 @@ void member_learn(struct member *m, const uint8_t *mac)
 
 void member_missed(const struct member *m, struct member_missed *out)
 {
-    *out = (struct member_missed){0};
+    *out = (struct member_missed){.unwanted = __atomic_load_n(&m->unwanted, __ATOMIC_RELAXED)};
     for (uint32_t i = 0; i < FABRIC_DOORS; i++) {
         out->busy += __atomic_load_n(&m->doors[i].busy, __ATOMIC_RELAXED);
         out->stopped += __atomic_load_n(&m->doors[i].stopped, __ATOMIC_RELAXED);

@@ -26,6 +26,7 @@ struct member; /* one port of it */
 struct member_missed {
     uint64_t busy;    /* DROP_BUSY */
     uint64_t stopped; /* DROP_STOPPED */
+    uint64_t unwanted; /* DROP_UNWANTED */
 };
 
 /* -> NULL with errno. seed: any number; who knows it can choose addresses that drive each other out. */

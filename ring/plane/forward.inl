@@ -13,19 +13,20 @@ static int take_frame(struct lane *l, uint32_t i)
     struct flow_stats *stats = &l->stats.from_guest;
     struct frame *f = &l->batch->frames[i];
     struct piece *pieces = f->pieces;
-    uint32_t first = 0, skip = NET_HEADER;
+    uint32_t first = 0, before = NET_HEADER + l->hash_header, skip = before;
 
-    int dropped = refused(l, f->writable, f->length);
+    int dropped = refused(l, f->writable, (uint64_t)f->length - l->hash_header); /* shorter: it wraps */
     if (unlikely(dropped >= 0))
         return dropped;
-    if (likely(pieces->len >= HEAD_BYTES)) { /* each by itself, as they are read again at once */
+    if (likely(pieces->len >= HEAD_BYTES && !l->hash_header)) { /* each by itself, as they are read again at once */
         memcpy(&f->header, pieces->base, NET_HEADER);
         memcpy(f->ethernet, pieces->base + NET_HEADER, ETHERNET_HEADER);
     } else {
-        pieces_copy(pieces, f->count, 0, f->head, HEAD_BYTES, false);
+        pieces_copy(pieces, f->count, 0, (uint8_t *)&f->header, NET_HEADER, false);
+        pieces_copy(pieces, f->count, before, f->ethernet, ETHERNET_HEADER, false);
     }
     __asm__ volatile("" : "+m"(f->head)); /* decide on this copy, not on a second read of its source */
-    f->length -= NET_HEADER;
+    f->length -= before;
     if (!may_say(l, &f->header, f->length))
         return DROP_BAD_HEADER;
     if (unlikely(l->mac_due)) {

@@ -24,6 +24,7 @@
 #define NET_F_GUEST_USO4 54
 #define NET_F_GUEST_USO6 55
 #define NET_F_HOST_USO 56
+#define NET_F_HASH_REPORT 57
 
 /* What flags and gso_type may hold (virtio 1.2, 5.1.6). */
 #define F_NEEDS_CSUM 1

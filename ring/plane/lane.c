@@ -54,6 +54,7 @@ int lane_configure(struct lane *l, const struct lane_config *config)
     l->call_to_guest |= call_changed(&l->config.to_guest, &config->to_guest);
     l->port_gone = l->memory_gone = false; /* may be mended; if not, the first frame tells */
     l->mac_due = true;
+    l->hash_header = config->member && config->features >> NET_F_HASH_REPORT & 1 ? sizeof(struct hash_header) : 0;
     l->config = *config;
     if (l->config.max_frame > FRAME_ROOM - NET_HEADER)
         l->config.max_frame = FRAME_ROOM - NET_HEADER; /* a longer one would not fit the private buffer */

@@ -39,6 +39,13 @@ struct source {
 
 struct batch;
 
+/* What follows the header of each frame, both ways, with HASH_REPORT (virtio 1.2, 5.1.6). */
+struct hash_header {
+    uint32_t value;
+    uint16_t report; /* VIRTIO_NET_HASH_REPORT_* */
+    uint16_t padding;
+};
+
 /* What a sender is doing at a receiveq of a switch. It belongs to whoever is inside the lane's door, as the queue and
  * to_guest's counters do. */
 struct delivery {
@@ -46,6 +53,7 @@ struct delivery {
     uint64_t left;          /* bits: frames that are neither delivered nor counted as lost */
     uint32_t slots, pieces; /* popped for the frame in hand; pieces: in lane.pieces + 1 */
     bool waiting;           /* for a translation, until the lane is attached anew */
+    struct hash_header hash; /* of the frame in hand */
     uint32_t fragment_id;   /* of the last datagram that was cut into fragments */
 };
 
@@ -83,6 +91,7 @@ struct lane {
     uint32_t filled_room;
 
     /* at a switch */
+    uint32_t hash_header;     /* bytes of a struct hash_header before each frame: of one, or none */
     struct batch *batch;      /* of the sender */
     int gathered;             /* enum burst: how its last one ended */
     struct delivery delivery; /* to the receiver */

@@ -45,7 +45,8 @@ enum drop_reason {
     DROP_BUSY = 11,         /* others were sending to the same receiveq for too long */
     DROP_NO_BUFFERS = 12,   /* the guest has posted too few buffers, or the uplink takes no more for now */
     DROP_STOPPED = 13,      /* the receiveq stands still: paused, broken, or it waits for a translation */
-    DROP_REASONS = 14
+    DROP_UNWANTED = 14,     /* the guest's own receive filter refuses it */
+    DROP_REASONS = 15
 };
 
 /* One direction's counters since the lane was made; only ever grow. */
@@ -53,7 +54,7 @@ struct flow_stats {
     uint64_t frames;
     uint64_t bytes;          /* without the net header */
     uint64_t gso_frames;
-    uint64_t dropped[14];    /* by enum drop_reason */
+    uint64_t dropped[15];    /* by enum drop_reason */
     uint64_t bad_chains;     /* returned with length 0 because they broke a rule */
     uint64_t kicks;          /* wake-ups by the driver */
     uint64_t calls;          /* notifications sent to the driver */

@@ -15,8 +15,8 @@
 /* No door: what is sent there is lost, as `stopped`. */
 #define RECEIVE_NO_DOOR 0xffff
 
-/* Bits of receive_settings.modes. The first two say that there is a filter at all; the others, but for the first two,
- * are the modes of 5.1.6.5.1 and mean nothing without RECEIVE_BY_ADDRESS. */
+/* Bits of receive_settings.modes. The first two say that there is a filter; the others, the modes of 5.1.6.5.1, mean
+ * nothing without RECEIVE_BY_ADDRESS, but for RECEIVE_ALL. */
 enum receive_mode {
     RECEIVE_BY_ADDRESS = 1,
     RECEIVE_BY_VLAN = 2,   /* tagged frames (802.1Q) with an id that is not in `vlan` are refused */
@@ -43,3 +43,15 @@ struct receive_settings {
     uint16_t table[128];       /* [RSS_TABLE] doors */
     uint16_t unclassified;     /* the door of frames for which no hash is made */
 };
+
+/* Pure functions, as the switch uses them: is this frame, whose first `given` bytes are at `frame`, refused? -> 1 or 0 */
+int receive_refuses(const struct receive_settings *s, const uint8_t *frame, uint32_t given);
+/* -> VIRTIO_NET_HASH_REPORT_*, with the hash in *value; 0: none is made of it */
+uint32_t receive_hash(const struct receive_settings *s, const uint8_t *frame, uint32_t given, uint32_t *value);
+/* The Toeplitz hash of at most 36 bytes with this key of RSS_KEY bytes. */
+uint32_t receive_toeplitz(const uint8_t *key, const uint8_t *input, uint32_t length);
+
+/* What the driver of this member has set from now on; NULL: nothing. To be called while its lanes are detached. When it
+ * returns, no frame is on its way to it that was looked at by what held before, unless nothing was set. -> RING_OK,
+ * RING_E_NOMEM; RING_E_BUSY: a sender has been busy with frames for it for longer than timeout_ms, and is still. */
+int member_receive(struct member *m, const struct receive_settings *s, int timeout_ms);

@@ -111,7 +111,7 @@ INLINED void count_received(struct flow_stats *stats, const struct net_header *h
 static void complete(struct lane *l, struct vq *q, struct intake *in, struct net_header *header, uint64_t length)
 {
     struct flow_stats *stats = &l->stats.to_guest;
-    uint64_t left = NET_HEADER + length;
+    uint64_t left = NET_HEADER + l->hash_header + length;
     uint32_t used = 0, slots = 0;
 
     while (left > 0) {

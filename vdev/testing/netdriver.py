@@ -16,6 +16,7 @@ from ring.driver import DeviceError, DriverQueue, GuestMemory
 from vdev.net.features import GUEST_GSO, Feature
 
 _HEADER = Struct("<BBHHHHH")
+_HASH = Struct("<IHH")  # hash_value, hash_report, padding: what HASH_REPORT adds to it
 
 NEEDS_CSUM = 1  # flags
 DATA_VALID = 2
@@ -60,11 +61,14 @@ class NetHeader:
 
 @dataclass(frozen=True)
 class Received:
-    """One frame from the device. buffers: how many chains it was spread over."""
+    """One frame from the device. buffers: how many chains it was spread over. The hash is that of its header with
+    HASH_REPORT; 0: none."""
 
     header: NetHeader
     frame: bytes
     buffers: int
+    hash_report: int = 0
+    hash_value: int = 0
 
 
 class NetDriver:
@@ -82,11 +86,12 @@ class NetDriver:
         self.lenient = lenient
         self.features = features
         self.mergeable = bool(features >> Feature.MRG_RXBUF & 1)
+        self._hash_size = _HASH.size if features >> Feature.HASH_REPORT & 1 else 0
         if buffer_size is None:
             buffer_size = GSO_BUFFER if features & GUEST_GSO else PLAIN_BUFFER
             if self.mergeable:
                 buffer_size = MERGEABLE_BUFFER
-        self.buffer_size = buffer_size
+        self.buffer_size = buffer_size + self._hash_size
         self.receiveq = DriverQueue(memory, size, features, base=base)
         self.transmitq = DriverQueue(memory, size, features, base=base)
 
@@ -117,7 +122,11 @@ class NetDriver:
         count = 1 if self.lenient and not self.mergeable else header.num_buffers
         if count < 1 or (count > 1 and not self.mergeable):
             raise DeviceError(f"num_buffers is {header.num_buffers}")
-        parts = [first.data[NetHeader.SIZE:]]
+        begins = NetHeader.SIZE + self._hash_size
+        if len(first.data) < begins:
+            raise DeviceError(f"the used length {len(first.data)} does not cover the {begins}-byte header")
+        hash_value, hash_report, _ = _HASH.unpack_from(first.data, NetHeader.SIZE) if self._hash_size else (0, 0, 0)
+        parts = [first.data[begins:]]
         for _ in range(count - 1):
             more = self.receiveq.collect()
             if more is None:
@@ -125,7 +134,7 @@ class NetDriver:
             parts.append(more.data)
         if refill:
             self.fill(len(parts))
-        return Received(header, b"".join(parts), len(parts))
+        return Received(header, b"".join(parts), len(parts), hash_report, hash_value)
 
     def receive_within(self, seconds: float, *, refill: bool = True) -> Received | None:
         """As :meth:`receive`, but wait for a notification up to ``seconds``."""
@@ -143,7 +152,7 @@ class NetDriver:
         cuts: positions in header + frame where one descriptor ends and the next begins; none: one
         descriptor. direct: see DriverQueue.add. Raises RingFull.
         """
-        data = header.pack() + frame
+        data = header.pack() + bytes(self._hash_size) + frame
         bounds = [0, *cuts, len(data)]
         parts = [data[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
         return self.transmitq.post(readable=parts, direct=direct)
