@@ -12,6 +12,7 @@ from enum import IntFlag
 from ring.build import ffi, lib
 from ring.errors import QueueBusy, error
 from ring.fabric import Member
+from ring.receive_settings import Coalescing
 from ring.virtqueue import VirtQueue, guard
 
 # enum drop_reason, as the names are printed
@@ -38,6 +39,8 @@ SYSCALLS = {
     "sched_yield": "a receiveq of a switch that another worker is filling",
     "clock_nanosleep": "the same, for longer",
     "nanosleep": "the same, of older libcs",
+    "timerfd_create": "a driver that wants few calls",
+    "timerfd_settime": "how long it is left without one",
 }
 
 
@@ -56,13 +59,15 @@ class LaneEvent(IntFlag):
 
 @dataclass
 class Flow:
-    """One direction of a lane: its started queue (None: not started) and descriptors (-1: none)."""
+    """One direction of a lane: its started queue (None: not started), descriptors (-1: none), and when its driver is
+    called."""
 
     queue: VirtQueue | None = None
     enabled: bool = False
     kick: int = -1
     call: int = -1
     err: int = -1
+    coalescing: Coalescing = Coalescing()
 
 
 @dataclass
@@ -149,6 +154,8 @@ class Lane:
         for flow, to in ((config.from_guest, c.from_guest), (config.to_guest, c.to_guest)):
             to.queue = flow.queue.handle if flow.queue else ffi.NULL
             to.enabled, to.kick, to.call, to.err = flow.enabled, flow.kick, flow.call, flow.err
+            if flow.coalescing.packets and flow.coalescing.usecs:
+                to.call_packets, to.call_usecs = flow.coalescing.packets, flow.coalescing.usecs
         status = lib.lane_configure(self._handle, c)
         if status < 0:
             raise error(status)

@@ -34,7 +34,8 @@ _NUMBERS = {
     "sendto": (44, 206), "set_robust_list": (273, 99), "setsockopt": (54, 208), "shutdown": (48, 210),
     "sigaltstack": (131, 132), "socket": (41, 198), "socketpair": (53, 199), "splice": (275, 76), "stat": (4, -1),
     "statx": (332, 291),
-    "sysinfo": (99, 179), "tgkill": (234, 131), "uname": (63, 160), "unlink": (87, -1), "unlinkat": (263, 35),
+    "sysinfo": (99, 179), "tgkill": (234, 131), "timerfd_create": (283, 85), "timerfd_settime": (286, 86),
+    "uname": (63, 160), "unlink": (87, -1), "unlinkat": (263, 35),
     "write": (1, 64), "writev": (20, 66),
 }
 

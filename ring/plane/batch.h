@@ -88,6 +88,10 @@ int fabric_route(const struct member *from, struct batch *b, uint32_t i);
  * vanished. */
 bool fabric_deliver(const struct lane *from);
 
+/* Be a door's only user, if that can be had soon. -> false: it cannot */
+bool door_enter(struct door *d);
+void door_leave(struct door *d);
+
 /* Take frames of the lane's batch through one door; `shared`: an uplink's. -> false: the sender's memory vanished */
 bool fabric_through(struct door *d, const struct lane *from, uint64_t frames, bool shared);
 

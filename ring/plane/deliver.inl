@@ -192,7 +192,7 @@ static void deliver(struct lane *l)
             deliver_frame(l, q, f);
         d->left &= d->left - 1;
     }
-    publish(q, flow, &l->stats.to_guest);
+    publish(l, q, flow, &l->stats.to_guest);
     if (unlikely(q->broken))
         break_queue(l, flow, LANE_TO_GUEST_BROKEN);
 }
@@ -206,5 +206,5 @@ static void take_back(struct lane *l)
 
     wrote_pieces(q, l->pieces + 1, d->pieces, 0, UINT64_MAX); /* how far the copy came is not known */
     RING(unpop)(q, d->slots);
-    publish(q, flow, &l->stats.to_guest);
+    publish(l, q, flow, &l->stats.to_guest);
 }

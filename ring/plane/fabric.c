@@ -144,9 +144,8 @@ void lane_shut(struct lane *l)
             nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
 }
 
-/* The door's only user, if that can be had soon. Of one that could not be had, and is taken still, nobody expects it
- * soon: its user may be stuck. */
-static bool enter_alone(struct door *d)
+/* Of a door that could not be had, and is taken still, nobody expects it soon: its user may be stuck. */
+bool door_enter(struct door *d)
 {
     uint32_t looks = __atomic_load_n(&d->stuck, __ATOMIC_RELAXED) ? 1 : LOOKS + YIELDS;
 
@@ -165,6 +164,11 @@ static bool enter_alone(struct door *d)
     }
     __atomic_store_n(&d->stuck, 1, __ATOMIC_RELAXED);
     return false;
+}
+
+void door_leave(struct door *d)
+{
+    __atomic_fetch_sub(&d->users, 1, __ATOMIC_RELEASE);
 }
 
 static void miss(uint64_t *counter, uint64_t frames)
@@ -220,7 +224,7 @@ bool fabric_through(struct door *d, const struct lane *from, uint64_t frames, bo
 
     if (shared)
         __atomic_fetch_add(&d->users, 1, __ATOMIC_SEQ_CST);
-    else if (!enter_alone(d))
+    else if (!door_enter(d))
         return miss(&d->busy, frames), true;
     struct lane *to = __atomic_load_n(&d->lane, __ATOMIC_SEQ_CST);
     if (!to)
@@ -229,7 +233,7 @@ bool fabric_through(struct door *d, const struct lane *from, uint64_t frames, bo
         fine = uplink_write(to, from->batch, frames);
     else
         fine = deliver_to_ring(from, to, frames);
-    __atomic_fetch_sub(&d->users, 1, __ATOMIC_RELEASE);
+    door_leave(d);
     return fine;
 }
 

@@ -9,6 +9,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "coalesce.h"
 #include "lane.h"
 
 static inline void break_queue(struct lane *l, const struct flow_config *flow, uint32_t event)
@@ -19,10 +20,9 @@ static inline void break_queue(struct lane *l, const struct flow_config *flow, u
 }
 
 #ifdef RING
-/* Make what was pushed visible, and notify the driver if it asked for that. */
-static inline void publish(struct vq *q, const struct flow_config *flow, struct flow_stats *stats)
+/* Notify the driver of what was made visible, if it asked for that. */
+static inline void tell(struct vq *q, const struct flow_config *flow, struct flow_stats *stats)
 {
-    RING(publish)(q);
     int reason = RING(decide)(q);
     if (reason == CALL_NOTHING_NEW)
         return;
@@ -34,6 +34,26 @@ static inline void publish(struct vq *q, const struct flow_config *flow, struct 
     } else {
         stats->calls_saved++;
     }
+}
+
+/* Make what was pushed visible, and notify the driver, now or later. */
+static inline void publish(struct lane *l, struct vq *q, const struct flow_config *flow, struct flow_stats *stats)
+{
+    RING(publish)(q);
+    if (unlikely(flow->call_packets) && coalesce_puts_off(coalescing_of(l, flow), flow, stats))
+        return;
+    tell(q, flow, stats);
+}
+
+/* struct directions, tell_from_guest and tell_to_guest. */
+static void tell_from_guest(struct lane *l)
+{
+    tell(l->config.from_guest.queue, &l->config.from_guest, &l->stats.from_guest);
+}
+
+static void tell_to_guest(struct lane *l)
+{
+    tell(l->config.to_guest.queue, &l->config.to_guest, &l->stats.to_guest);
 }
 
 /* There is nothing to do in this direction. A worker that will not look at the ring asks for a kick; what the driver has

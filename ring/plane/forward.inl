@@ -116,7 +116,7 @@ static void settle(struct lane *l)
     for (uint32_t i = 0; i < b->count; i++)
         finish(q, &done, b->frames[i].chain_head, b->frames[i].slots);
     flush(q, &done);
-    publish(q, flow, &l->stats.from_guest);
+    publish(l, q, flow, &l->stats.from_guest);
     if (l->gathered == BURST_FULL)
         return;
     if (l->gathered == BURST_EMPTY && !come_to_rest(l, q, WORK_FROM_GUEST))

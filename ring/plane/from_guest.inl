@@ -252,7 +252,7 @@ static enum burst burst_from_guest(struct lane *l, struct vq *q)
             lane_wait(l, WORK_FROM_GUEST);
     }
     flush(q, &done);
-    publish(q, &l->config.from_guest, &l->stats.from_guest);
+    publish(l, q, &l->config.from_guest, &l->stats.from_guest);
     return end;
 }
 

@@ -2,6 +2,7 @@
 #include <stdlib.h>
 
 #include "batch.h"
+#include "coalesce.h"
 
 struct lane *lane_new(int report)
 {
@@ -12,6 +13,7 @@ struct lane *lane_new(int report)
                                          .to_guest = {.kick = -1, .call = -1, .err = -1},
                                          .to_port = -1,
                                          .from_port = -1};
+        l->coalescing_from_guest.timer = l->coalescing_to_guest.timer = -1;
         l->expect = SMALL_FRAME;
         l->report = report;
     }
@@ -21,6 +23,7 @@ struct lane *lane_new(int report)
 void lane_free(struct lane *l)
 {
     if (l) {
+        coalesce_free(l);
         free(l->filled);
         free(l->batch);
     }

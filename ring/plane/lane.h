@@ -35,6 +35,7 @@ struct source {
     uint32_t work;  /* enum work bits that its readiness means */
     int fd;
     bool kick;
+    bool timer;
 };
 
 struct batch;
@@ -55,6 +56,13 @@ struct delivery {
     bool waiting;           /* for a translation, until the lane is attached anew */
     struct hash_header hash; /* of the frame in hand */
     uint32_t fragment_id;   /* of the last datagram that was cut into fragments */
+};
+
+/* Calls that one queue's driver has had put off: coalesce.c. It belongs to whoever has the queue. */
+struct coalescing {
+    int timer;      /* a timer descriptor, fixed while the lane is attached; -1: there is none */
+    bool running;   /* it has been set, and something was put off */
+    uint64_t told;  /* frames up to which the driver was asked */
 };
 
 struct lane {
@@ -81,7 +89,8 @@ struct lane {
     bool mac_known;
     bool mac_due;
 
-    struct source kick_from_guest, kick_to_guest, port_in, port_out;
+    struct source kick_from_guest, kick_to_guest, port_in, port_out, timer_from_guest, timer_to_guest;
+    struct coalescing coalescing_from_guest, coalescing_to_guest;
 
     /* to_guest */
     uint32_t expect;      /* bytes the next frame probably has, with its header */
@@ -112,6 +121,9 @@ struct directions {
     void (*deliver)(struct lane *l);
     void (*settle)(struct lane *l);
     void (*take_back)(struct lane *l); /* instead of the rest of deliver, when the sender's memory vanished */
+    /* What was put off: ask the driver now whether it wants a call. */
+    void (*tell_from_guest)(struct lane *l);
+    void (*tell_to_guest)(struct lane *l);
 };
 extern const struct directions split_directions, packed_directions;
 

@@ -88,6 +88,10 @@ struct flow_config {
     int32_t kick;      /* eventfds, -1 for none; they stay the caller's. A started queue with kick -1 is polled */
     int32_t call;
     int32_t err;
+    /* A call is put off until so many frames have been made used, or so many microseconds have passed since the first of
+     * them, whichever comes first. 0 in both: no call is put off; they are 0 both or neither. */
+    uint32_t call_packets;
+    uint32_t call_usecs;
 };
 
 struct lane_config {

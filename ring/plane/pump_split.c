@@ -7,4 +7,5 @@
 #include "forward.inl"
 #include "deliver.inl"
 
-const struct directions split_directions = {from_guest, to_guest, look, gather, deliver, settle, take_back};
+const struct directions split_directions = {from_guest, to_guest, look, gather, deliver, settle, take_back,
+                                            tell_from_guest, tell_to_guest};

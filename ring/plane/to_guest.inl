@@ -342,7 +342,7 @@ static void to_guest(struct lane *l)
         enum received end = burst_to_guest(l, q);
         if (l->memory_gone)
             return;
-        publish(q, flow, &l->stats.to_guest);
+        publish(l, q, flow, &l->stats.to_guest);
         if (end == STARVED) {
             /* Ask for a kick; what the driver has posted since is seen now, or it kicks. */
             if (!come_to_rest(l, q, WORK_TO_GUEST))

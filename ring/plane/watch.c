@@ -8,6 +8,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "coalesce.h"
 #include "worker.h"
 
 void signal_descriptor(int fd)
@@ -58,6 +59,12 @@ void watch_kick(struct pump *p, struct source *s, int fd)
     }
 }
 
+void watch_timer(struct pump *p, struct source *s, int fd)
+{
+    if (fd >= 0)
+        watch(p, s, fd, EPOLLIN | EPOLLET);
+}
+
 /* What the lane's ports are waited on for, derived from its state; called after everything that changes it. */
 void watch_ports(struct pump *p, struct lane *l)
 {
@@ -84,6 +91,10 @@ void unwatch(struct pump *p, struct source *s)
 
 void on_ready(struct lane *l, const struct source *s, uint32_t events)
 {
+    if (s->timer) {
+        coalesce_due(l, s->work);
+        return;
+    }
     if (s->kick) {
         if (l->config.watch_kicks)
             lane_event(l, LANE_KICKED);

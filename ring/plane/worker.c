@@ -27,6 +27,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "coalesce.h"
 #include "worker.h"
 
 #define EVENTS_MAX 64
@@ -66,6 +67,11 @@ static int attach(struct pump *p, struct lane *l)
     watch_kick(p, &l->kick_to_guest, c->to_guest.kick);
     call_once(&c->from_guest, &l->call_from_guest, &l->stats.from_guest);
     call_once(&c->to_guest, &l->call_to_guest, &l->stats.to_guest);
+    coalesce_open(l);
+    l->timer_from_guest = (struct source){.lane = l, .work = WORK_FROM_GUEST, .timer = true};
+    l->timer_to_guest = (struct source){.lane = l, .work = WORK_TO_GUEST, .timer = true};
+    watch_timer(p, &l->timer_from_guest, l->coalescing_from_guest.timer);
+    watch_timer(p, &l->timer_to_guest, l->coalescing_to_guest.timer);
     l->blocked = l->starved = false;
     l->waiting = l->resting = 0;
     l->work = WORK_FROM_GUEST | WORK_TO_GUEST; /* look once without a kick */
@@ -77,12 +83,15 @@ static int attach(struct pump *p, struct lane *l)
 static void detach(struct pump *p, struct lane *l)
 {
     lane_shut(l);
+    coalesce_shut(l);
     look_at_resting(l, true); /* whoever has the ring next finds it as if we had slept */
     lane_report(l);
     unwatch(p, &l->kick_from_guest);
     unwatch(p, &l->kick_to_guest);
     unwatch(p, &l->port_in);
     unwatch(p, &l->port_out);
+    unwatch(p, &l->timer_from_guest);
+    unwatch(p, &l->timer_to_guest);
     for (uint32_t i = 0; i < p->count; i++)
         if (p->lanes[i] == l) {
             p->lanes[i] = p->lanes[--p->count];

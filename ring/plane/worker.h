@@ -43,6 +43,8 @@ void *worker(void *argument);
 
 /* Ask for kicks through fd, if there is one, and forget those that were signalled so far. */
 void watch_kick(struct pump *p, struct source *s, int fd);
+/* Wait for a timer, if there is one: it tells once each time it goes off. */
+void watch_timer(struct pump *p, struct source *s, int fd);
 /* Wait for the lane's port as its state demands; called after everything that changes it. */
 void watch_ports(struct pump *p, struct lane *l);
 void unwatch(struct pump *p, struct source *s);
