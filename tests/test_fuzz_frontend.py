@@ -174,7 +174,9 @@ class FrontEndMachine(RuleBasedStateMachine):
         if not wrong_length and len(files) <= 8:
             with contextlib.suppress(Refuse):
                 expected = self.model.after(kind, *values, files=tuple(FILES[name][1] for name in files))
-        acknowledged = ack and self.model.has(ProtocolFeature.REPLY_ACK)
+        # The message that brings acknowledgements may ask for one.
+        agreed = expected[0] if expected is not None and kind is Request.SET_PROTOCOL_FEATURES else self.model
+        acknowledged = ack and any(model.has(ProtocolFeature.REPLY_ACK) for model in (self.model, agreed))
         self.send(encode(kind, payload, need_reply=ack), files)
         try:
             goes_on = self.check(kind, expected, acknowledged and len(files) <= 8)

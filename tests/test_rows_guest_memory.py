@@ -60,7 +60,7 @@ def test_P39_P40_impossible_numbers_of_regions(daemon) -> None:
 def test_P42_table_that_is_not_as_long_as_its_count_says(daemon) -> None:
     whole = table(Region(0, PAGE, UVA, 0), Region(PAGE, PAGE, UVA + PAGE, 0))
     with memfd(PAGE) as fd:
-        for payload in (whole[:-1], whole + bytes(1), whole[:-32], whole + bytes(32)):
+        for payload in (whole[:-1], whole + bytes(1), whole[:-32], whole + bytes(31), whole + bytes(7 * 32)):
             daemon.refuses(Request.SET_MEM_TABLE, payload, [fd] * 2)
 
 

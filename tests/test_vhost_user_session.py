@@ -102,8 +102,15 @@ def test_VU_REPLY_B_05_nothing_is_answered_unasked(kind, payload, fds):
 def test_VU_REPLY_F_01_need_reply_before_it_was_negotiated_brings_no_answer():
     session = Session(OFFER)
     assert do(session, Request.SET_OWNER) is None
-    assert do(session, Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL)) is None
+    lacking = PROTOCOL & ~mask(ProtocolFeature.REPLY_ACK)
+    assert do(session, Request.SET_PROTOCOL_FEATURES, U64(lacking)) is None
+
+
+def test_message_that_brings_acknowledgements_can_ask_for_one():
+    session = Session(OFFER)
+    assert do(session, Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL)) == ack(Request.SET_PROTOCOL_FEATURES)
     assert do(session, Request.SET_OWNER) == ack(Request.SET_OWNER)
+    assert do(Session(OFFER), Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL), need_reply=False) is None
 
 
 def test_VU_REPLY_B_07_a_refusal_by_the_device_is_told_and_leaves_no_trace():

@@ -63,10 +63,16 @@ def test_P40_region_count_out_of_range_is_refused_before_the_array(count):
         wire.MEM_TABLE.decode(struct.pack("=II", count, 0) + bytes(64))
 
 
-@pytest.mark.parametrize("size", [8, 8 + 31, 8 + 33, 8 + 64])
+@pytest.mark.parametrize("size", [8, 8 + 31, 8 + 33, 8 + 63, 8 + 65, 8 + 9 * 32])
 def test_P42_table_size_does_not_fit_its_count(size):
     with pytest.raises(Refused, match="has"):
-        wire.MEM_TABLE.decode((struct.pack("=II", 1, 0) + bytes(64))[:size])
+        wire.MEM_TABLE.decode((struct.pack("=II", 1, 0) + bytes(300))[:size])
+
+
+@pytest.mark.parametrize("room", [2, 8])
+def test_table_with_room_for_more_regions_than_it_has(room):
+    table = MemTable((Region(0x1000, 0x2000, 0x3000, 0x4000),))
+    assert wire.MEM_TABLE.decode(wire.MEM_TABLE.encode(table) + b"?" * 32 * (room - 1)) == table
 
 
 def test_P42_table_without_a_count():

@@ -130,8 +130,6 @@ class Session:
         Returns the request, which now owns the descriptors. Raises Nack (send its ``reply`` and go on) or
         Close; the descriptors are closed then.
         """
-        # Decided by what was negotiated when the message came: the SET_PROTOCOL_FEATURES that brings
-        # REPLY_ACK cannot itself ask for an acknowledgement.
         need_reply = message.need_reply and self.state.has(ProtocolFeature.REPLY_ACK)
         row = None
         payload = None
@@ -142,6 +140,8 @@ class Session:
             self._check_ring(row, payload)
             self._check_fds(row, len(message.fds))
             row.rule(self.offer, self.state, payload, len(message.fds))
+            # Asked for by the very message that brings REPLY_ACK, user-mode Linux waits for it.
+            need_reply = need_reply or (message.need_reply and _brings_reply_ack(kind, payload))
         except Refused as refused:
             message.fds.close()
             section = refused.section or f"VHOST_USER_{message.name}"
@@ -208,6 +208,10 @@ class Session:
                 value = self.rings[payload.index].base
             return None if value is None else row.body(payload, value)
         return row.source(self.offer, self.state) if row.source else None
+
+
+def _brings_reply_ack(kind: Request, payload: Any) -> bool:
+    return kind is Request.SET_PROTOCOL_FEATURES and bool(payload.value >> ProtocolFeature.REPLY_ACK & 1)
 
 
 def _subject(name: str, payload: Any) -> str:

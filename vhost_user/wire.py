@@ -138,7 +138,11 @@ class Layout:
 
 
 class MemTableLayout:
-    """The one payload whose length depends on its content: a count, padding, and that many regions."""
+    """The one payload whose length depends on its content: a count, padding, and that many regions.
+
+    There may be room for more, up to the 8 that the specification's description has: user-mode Linux sends a table with
+    room for two, whether it has highmem or not.
+    """
 
     name = "memory regions description"
 
@@ -151,7 +155,7 @@ class MemTableLayout:
             raise Refused(f"{count} regions are not between 1 and {TABLE_REGIONS_MAX}",
                           "the front-end must send one table of all shared memory, or negotiate "
                           "CONFIGURE_MEM_SLOTS for more regions", "Multiple memory regions description")
-        if len(payload) != self._size(count):
+        if len(payload) not in map(self._size, range(count, TABLE_REGIONS_MAX + 1)):
             raise wrong_size(f"{self.name} of {count}", self._size(count), len(payload))
         records = Array(count, _REGION).parse(payload[_TABLE_HEAD.sizeof():])
         return MemTable(tuple(_region(record) for record in records))
