@@ -135,7 +135,7 @@ def test_key_changes_with_what_is_copied(guest_image: ModuleType, tmp_path: Path
     program = tmp_path / "iperf3"
     program.write_bytes(b"one")
     first = guest_image.content_key([program])
-    assert first != guest_image.content_key([program], systemd=True)
+    assert first != guest_image.content_key([program], "systemd")
     assert first == guest_image.content_key([program])
     program.write_bytes(b"another")
     assert guest_image.content_key([program]) != first
