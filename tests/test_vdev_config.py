@@ -160,11 +160,11 @@ def test_all_mistakes_are_listed_with_their_place(file):
     assert found == [
         f"{place}log-format yaml: must be one of text, json",
         f"{place}nonsense: unknown key; known: one-off, sandbox, log-format, log-level, upgrade-path, workers, "
-        "cpus, poll-us, uplink, client, socket-group, socket-mode, queue-pairs, features, personality, postcopy",
+        "cpus, poll-us, uplink, client, socket-group, socket-mode, queue-pairs, features, personality, speed, postcopy",
         "--ready-fd x: must be a number from 0 to 1048575",
         f"{place}device 1: queue-pairs 0: must be a number from 1 to {QUEUE_PAIRS_MAX}",
         f"{place}device 1: prot: unknown key; known: name, socket, fd, client, socket-group, socket-mode, port, "
-        "queue-pairs, features, personality, postcopy",
+        "queue-pairs, features, personality, mac, speed, postcopy",
         f"{place}device 1: features ['mrg_rxbuf']: 'mrg_rxbuf' needs a sign: +mrg_rxbuf to offer it, -mrg_rxbuf "
         "not to",
         f"{place}device 2: two sockets, of which only one can be: give socket=PATH or fd=N",
@@ -236,7 +236,7 @@ def test_device_table_written_otherwise(file, text):
     (["--device", "socket=/a,socket=/b"], "--device socket=/a,socket=/b: socket= is given twice; give it once"),
     (["--device", "socket=/a,color=red"],
      "--device socket=/a,color=red: color: unknown key; known: name, socket, fd, client, socket-group, "
-     "socket-mode, port, queue-pairs, features, personality, postcopy"),
+     "socket-mode, port, queue-pairs, features, personality, mac, speed, postcopy"),
     (["--device", "port=null:"], "--device port=null:: no socket: give socket=PATH or fd=N"),
     (["--device", "socket=/a,client=maybe"],
      "--device socket=/a,client=maybe: client maybe: must be on or off (true or false in a file)"),
@@ -274,3 +274,17 @@ def test_unknown_option_and_abbreviation_are_one_line():
         assert mistakes(word) == [f"unrecognized arguments: {word}; `vdev --help` lists what there is"]
     assert mistakes("--fd") == ["argument --fd: expected one argument; `vdev --help` lists what there is"]
     assert mistakes("-v", "-q")[0].startswith("argument -q/--quiet: not allowed with argument -v/--verbose")
+
+
+def test_address_goes_with_a_configuration_space_of_ours():
+    (line,) = mistakes("--socket-path", "/a", "--mac", "52:54:00:00:00:01")
+    assert "personality full" in line
+    config = configure("--socket-path", "/a", "--mac", "52:54:00:00:00:01", "--personality", "full", "--speed", "2500")
+    assert (config.devices[0].mac, config.devices[0].speed) == (bytes.fromhex("525400000001"), 2500)
+    (line,) = mistakes("--socket-path", "/a", "--mac", "33:33:00:00:00:01", "--personality", "full")
+    assert "no MAC address of one station" in line
+
+
+def test_upgrade_does_not_go_with_a_configuration_space_of_ours():
+    (line,) = mistakes("--socket-path", "/a", "--personality", "full", "--upgrade-path", "/b")
+    assert "--upgrade-path does not go with personality full" in line

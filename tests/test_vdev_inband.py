@@ -22,8 +22,7 @@ from vhost_user.wire import VRING_STATE, VringState
 
 RING = mask(Feature.VERSION_1, Feature.MRG_RXBUF)
 FORMATS = pytest.mark.parametrize("ring", [
-    0, mask(Feature.RING_PACKED), mask(Feature.EVENT_IDX, Feature.INDIRECT_DESC),
-    mask(Feature.RING_PACKED, Feature.EVENT_IDX)], ids=["split", "packed", "split-event-idx", "packed-event-idx"])
+    0, mask(Feature.EVENT_IDX, Feature.INDIRECT_DESC)], ids=["split", "split-event-idx"])
 RECEIVEQ, TRANSMITQ = 0, 1
 CALL, ERR = BackendRequest.VRING_CALL, BackendRequest.VRING_ERR
 

@@ -54,11 +54,11 @@ def virtio_cell(bit: int, personality: str) -> str:
     if Audience(personality, owner_first=True).withheld & bit:
         assert not Audience(personality).withheld & bit
         return "GET_FEATURES"
-    if virtio_features(NOTHING, 1) & bit:
+    if virtio_features(NOTHING, 1, personality=personality) & bit:
         return "yes"
-    if virtio_features(NOTHING, 2) & bit:
+    if virtio_features(NOTHING, 2, personality=personality) & bit:
         return "pairs"
-    return "port" if virtio_features(EVERYTHING, 1) & bit else "no"
+    return "port" if virtio_features(EVERYTHING, 1, personality=personality) & bit else "no"
 
 
 def protocol_cell(bit: int, personality: str) -> str:
@@ -85,8 +85,20 @@ def test_the_table_of_protocol_features_is_true() -> None:
 
 @pytest.mark.parametrize("personality", PERSONALITIES)
 def test_what_qemu_would_set_without_acting_on_it_is_not_offered(personality) -> None:
-    """Bits that were seen to be set by QEMU's net device, which then sends nothing of what they promise."""
-    for bit in (ProtocolFeature.XEN_MMAP, ProtocolFeature.CONFIG, ProtocolFeature.INFLIGHT_SHMFD,
-                ProtocolFeature.INBAND_NOTIFICATIONS):
+    """Bits that were seen to be set by QEMU, which then sends nothing of what they promise."""
+    for bit in (ProtocolFeature.XEN_MMAP, ProtocolFeature.INFLIGHT_SHMFD, ProtocolFeature.INBAND_NOTIFICATIONS):
         assert not protocol_features(virtio_features(EVERYTHING, 8), Audience(personality)) >> bit & 1
-    assert not virtio_features(EVERYTHING, 8) & mask(Feature.RING_RESET, Feature.HASH_REPORT)
+    assert not virtio_features(EVERYTHING, 8, personality=personality) & mask(Feature.RING_RESET)
+
+
+def test_what_qemus_net_device_would_set_and_keep_to_itself_is_not_offered() -> None:
+    assert not protocol_features(virtio_features(EVERYTHING, 8), Audience("qemu-net")) >> ProtocolFeature.CONFIG & 1
+    assert not virtio_features(EVERYTHING, 8) & mask(Feature.HASH_REPORT, Feature.MAC, Feature.STATUS, Feature.CTRL_VQ)
+
+
+def test_nobody_but_qemu_is_offered_what_needs_a_control_queue_without_one() -> None:
+    """NET-FEAT-D-03: QEMU adds the control queue."""
+    offered = virtio_features(EVERYTHING, 8, personality="full")
+    if not offered & mask(Feature.CTRL_VQ):
+        assert not offered & mask(Feature.CTRL_RX, Feature.CTRL_VLAN, Feature.GUEST_ANNOUNCE, Feature.MQ,
+                                  Feature.CTRL_MAC_ADDR, Feature.NOTF_COAL, Feature.VQ_NOTF_COAL, Feature.RSS)

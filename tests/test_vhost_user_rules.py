@@ -28,7 +28,7 @@ from vhost_user.spec import (
     mask,
 )
 from vhost_user.state import Offer
-from vhost_user.wire import U64, Iotlb, Log, MemTable, Region, StateTransfer, VringAddr, VringFd, VringState
+from vhost_user.wire import U64, Config, Iotlb, Log, MemTable, Region, StateTransfer, VringAddr, VringFd, VringState
 
 LOG_ALL, BIT_30, VERSION_1, PACKED = 1 << 26, 1 << 30, 1 << 32, 1 << 34
 FEATURES = BIT_30 | VERSION_1 | 1 << 15
@@ -37,7 +37,7 @@ PROTOCOL = REPLY_ACK | mask(ProtocolFeature.MQ, ProtocolFeature.RARP, ProtocolFe
                             ProtocolFeature.BACKEND_REQ, ProtocolFeature.RESET_DEVICE,
                             ProtocolFeature.CONFIGURE_MEM_SLOTS, ProtocolFeature.STATUS,
                             ProtocolFeature.LOG_SHMFD, ProtocolFeature.DEVICE_STATE, ProtocolFeature.PAGEFAULT,
-                            ProtocolFeature.INBAND_NOTIFICATIONS)
+                            ProtocolFeature.INBAND_NOTIFICATIONS, ProtocolFeature.CONFIG)
 OFFER = Offer(FEATURES, PROTOCOL, rings=4, queue_num=2, max_mem_slots=3)
 REGION = Region(0x100000, 0x100000, 0x7F0000000000, 0)
 ADDR = VringAddr(0, 0, 0x7F0000000000, 0x7F0000003000, 0x7F0000002000, 0)
@@ -133,9 +133,8 @@ def test_unknown_requests(session, number):
     refuse(session, number, b"", fds=1, match=f"request {number}: no such request")
 
 
-@pytest.mark.parametrize("kind", [
-    Request.SET_VRING_ENDIAN, Request.GET_CONFIG, Request.SET_CONFIG])
-def test_P61_P99_requests_of_features_that_are_not_offered(session, kind):
+@pytest.mark.parametrize("kind", [Request.SET_VRING_ENDIAN, Request.CREATE_CRYPTO_SESSION])
+def test_P61_requests_of_features_that_are_not_offered(session, kind):
     refuse(session, kind, bytes(32), fds=1, match=f"^{kind.name}: .* was not offered")
 
 
@@ -148,6 +147,27 @@ def test_P61_postcopy_that_was_not_negotiated():
 def test_P96_inflight_areas_are_not_offered(session):
     refuse(session, Request.SET_INFLIGHT_FD, struct.pack("=QQHH4x", 1 << 40, 0, 65535, 0), fds=1,
            match="INFLIGHT_SHMFD")
+
+
+def test_P61_configuration_space_that_was_not_negotiated():
+    session = Session(OFFER)
+    do(session, Request.SET_PROTOCOL_FEATURES, U64(REPLY_ACK))
+    refuse(session, Request.SET_CONFIG, Config(0, 0, bytes(6)), match="CONFIG was not negotiated")
+
+
+@pytest.mark.parametrize("size", [0, 5, 7, 300])
+def test_P05_P06_configuration_space_of_another_length_than_it_says(session, size):
+    refuse(session, Request.SET_CONFIG, struct.pack("=III", 0, 6, 0) + bytes(size), match=f"has {12 + size} bytes")
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 0), (256, 1), (251, 6), (0xFFFFFFFF, 2)])
+def test_P99_configuration_space_beyond_its_end(session, offset, size):
+    refuse(session, Request.SET_CONFIG, Config(offset, 0, bytes(size)), match="are not within the 256 bytes")
+
+
+@pytest.mark.parametrize("flags", [2, 3, 7, 0xFFFFFFFF])
+def test_VU_CFG_B_03_flags_of_a_write_that_mean_nothing(session, flags):
+    refuse(session, Request.SET_CONFIG, Config(0, flags, bytes(6)), match="flags")
 
 
 # ---------------------------------------------------------------------------------------- negotiation

@@ -4,9 +4,10 @@ from vdev.net.features import Feature, mask, names
 from vhost_user.state import State
 
 
-def settings_of(state: State) -> tuple[int, int, bool]:
-    """What the engine is told of ``state`` beside the rings: features, MTU, whether to report kicks."""
-    mtu = state.mtu if state.mtu and state.features & mask(Feature.MTU) else 0
+def settings_of(state: State, own_mtu: int | None = None) -> tuple[int, int, bool]:
+    """What the engine is told of ``state`` beside the rings: features, MTU, whether to report kicks. own_mtu: what our
+    configuration space says where the front-end has set none."""
+    mtu = (state.mtu or own_mtu or 0) if state.features & mask(Feature.MTU) else 0
     parked = any(state.resumable(index) for index in range(len(state.rings)))
     # LOG_ALL is about the device, not for the guest.
     return state.features & ~mask(Feature.LOG_ALL), mtu, parked

@@ -16,10 +16,12 @@ from ring.guestmem import DEFAULT_POLICY, Policy
 from vdev.device_state import StateError
 from vdev.dirty_log import SessionLog
 from vdev.engine import Engine, EngineStuck
+from vdev.guest_config import GuestConfig
 from vdev.inband import InBand
 from vdev.iommu import Iommu
 from vdev.logs import EventLog
 from vdev.memory import SessionMemory
+from vdev.net.config_space import ConfigSpace
 from vdev.ports.base import Port, PortError
 from vdev.postcopy import Arrivals, CutOff, SessionPostcopy
 from vdev.reverse import ReverseChannel
@@ -35,10 +37,12 @@ RARP_INTERVAL = 0.02  # seconds between announcements; QEMU sends five, 50 ms an
 
 
 class Backend:
-    """Handles the requests of one session. Owns the memory and descriptors that came with them."""
+    """Handles the requests of one session. Owns the memory and descriptors that came with them. space: what the device
+    has to say in its configuration space; None where that is the front-end's."""
 
     def __init__(self, session: Session, engine: Engine, port: Port, log: EventLog, reverse: ReverseChannel,
-                 policy: Policy = DEFAULT_POLICY, arrivals: Arrivals | None = None):
+                 policy: Policy = DEFAULT_POLICY, arrivals: Arrivals | None = None,
+                 space: ConfigSpace | None = None):
         self.session = session
         self.engine = engine
         self.port = port
@@ -50,8 +54,10 @@ class Backend:
         self.reverse = reverse
         self.iommu = Iommu(engine, reverse, log)
         self.inband = InBand(engine, reverse, log)
+        self.config = GuestConfig(space, session, reverse) if space is not None else None
         self.rings = SessionRings(session, engine, port, log, memory=self.memory, postcopy=self.postcopy,
-                                  dirty=self.dirty, state=self.state, iommu=self.iommu, inband=self.inband)
+                                  dirty=self.dirty, state=self.state, iommu=self.iommu, inband=self.inband,
+                                  own_mtu=self.config and self.config.mtu)
         self._last_rarp = 0.0
         self._abandoned = engine.abandoned
 
@@ -143,6 +149,17 @@ class Backend:
         if not self.inband.on(self.session.after(request)):
             self.inband.drop()
 
+    def _reset_device(self, request: Accepted) -> None:
+        self.rings.settle(self.session.after(request))
+        if self.config is not None:
+            self.config.reset()
+
+    def _set_status(self, request: Accepted) -> None:
+        if request.payload.value:
+            self.rings.settle(self.session.after(request))
+        else:
+            self._reset_device(request)
+
     def _set_log_base(self, request: Accepted) -> None:
         log = request.payload
         with self.dirty.replaced(request.fds[0], log.size, log.offset):
@@ -226,6 +243,8 @@ class Backend:
             self.iommu.channel_changed()
         self.inband.channel_changed()
         self.rings.settle(self.session.state)
+        if self.config is not None:
+            self.config.channel_changed()
 
     # ------------------------------------------------------------------------------ news
 
@@ -283,6 +302,11 @@ _HANDLERS: dict[Request, Callable[[Backend, Accepted], object]] = {
     Request.ADD_MEM_REG: Backend._add_mem_reg,
     Request.REM_MEM_REG: Backend._rem_mem_reg,
     Request.SET_PROTOCOL_FEATURES: Backend._set_protocol_features,
+    Request.RESET_DEVICE: Backend._reset_device,
+    Request.SET_STATUS: Backend._set_status,
+    # The gates of these two let nothing through without a configuration space of ours.
+    Request.GET_CONFIG: lambda backend, request: backend.config.read(request.payload),
+    Request.SET_CONFIG: lambda backend, request: backend.config.write(request.payload),
     Request.SET_LOG_BASE: Backend._set_log_base,
     Request.SET_LOG_FD: Backend._set_log_fd,
     Request.SET_DEVICE_STATE_FD: Backend._set_device_state_fd,

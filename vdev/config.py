@@ -24,6 +24,8 @@ from vdev.errors import Misuse
 from vdev.features_option import FeatureEdit, parse_features
 from vdev.listen import PATH_MAX
 from vdev.logs import FORMATS, LEVELS
+from vdev.net.config_space import SPEED_MAX
+from vdev.net.mac import parse_mac
 from vdev.net.offer import PERSONALITIES
 from vdev.options import OptionError, pairs, split
 from vdev.ports.spec import PortSpec, SwitchSpec, TapSpec, parse_port, switch_name, take_port
@@ -47,6 +49,8 @@ class DeviceConfig:
     port: None for the default one.
     queue_pairs: 1 to QUEUE_PAIRS_MAX; None for what suits the port.
     personality: what kind of front-end to expect, of vdev.net.offer.PERSONALITIES.
+    mac, speed: what the configuration space says, where it is ours: 6 bytes, None for one made from the socket's path;
+    Mbit/s.
     postcopy: guests may arrive by postcopy; see vdev/postcopy.py for what that gives the front-end.
     """
 
@@ -60,6 +64,8 @@ class DeviceConfig:
     queue_pairs: int | None = None
     features: FeatureEdit = FeatureEdit()
     personality: str = PERSONALITIES[0]
+    mac: bytes | None = None
+    speed: int = 10_000
     postcopy: bool = False
 
     def __str__(self) -> str:
@@ -220,10 +226,13 @@ DEVICE_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "queue-pairs": ("queue_pairs", queue_pairs),
     "features": ("features", _features),
     "personality": ("personality", _choice(*PERSONALITIES)),
+    "mac": ("mac", lambda value: parse_mac(_text(value))),
+    "speed": ("speed", _integer(0, SPEED_MAX)),
     "postcopy": ("postcopy", _flag),
 }
 # those that may also be given once for all devices
-SHARED_KEYS = ("client", "socket-group", "socket-mode", "queue-pairs", "features", "personality", "postcopy")
+SHARED_KEYS = ("client", "socket-group", "socket-mode", "queue-pairs", "features", "personality", "speed",
+               "postcopy")
 
 PROCESS_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "one-off": ("one_off", _flag),
@@ -341,6 +350,7 @@ def build(process: dict[str, Any], shared: dict[str, Any], single: dict[str, Any
     found = _devices(reader, tables, defaults, list(passed))
     _check_together(reader, found, settings)
     _check_switches(reader, found, settings)
+    _check_personality(reader, found, settings)
     if reader.errors:
         raise Misuse(*reader.errors)
     return DaemonConfig(devices=tuple(found), **settings)
@@ -395,6 +405,17 @@ def _check_together(reader: _Reader, devices: list[DeviceConfig], settings: dict
     claims += [("descriptor", fd) for fd in fds if fd is not None]
     for what, value in dict.fromkeys(claim for claim in claims if claims.count(claim) > 1):
         reader.errors.append(f"{what} {value} is given twice; each use needs one of its own")
+
+
+def _check_personality(reader: _Reader, devices: list[DeviceConfig], settings: dict[str, Any]) -> None:
+    """What goes with a configuration space of ours only, and what does not go with one."""
+    for device in devices:
+        if device.personality != "full" and device.mac is not None:
+            reader.errors.append(f"{device.name}: the MAC address is QEMU's to give; leave mac out, or give "
+                                 "personality full for another front-end")
+        elif device.personality == "full" and "upgrade_path" in settings:
+            reader.errors.append(f"{device.name}: --upgrade-path does not go with personality full: what the guest's "
+                                 "driver has set is not handed over; leave one of the two out")
 
 
 def _check_switches(reader: _Reader, devices: list[DeviceConfig], settings: dict[str, Any]) -> None:

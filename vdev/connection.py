@@ -155,6 +155,10 @@ class Connection:
                            " back; was the interface deleted?")
             self._recover_port()
 
+    def set_link(self, up: bool) -> None:
+        """The operator has switched the link, of a device whose configuration space is ours."""
+        self._backend.config.change(link_up=up)
+
     def _recover_port(self) -> None:
         port = self._backend.port
         if not port.lost():

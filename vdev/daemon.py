@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 # SIGHUP and the user signals ask some daemons to reload or to reopen logs. There is nothing to reload, and a
 # guest's network must not end because a terminal or a log rotation sent one.
 IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# Where a configuration space is ours, they are the operator's way to take the guest's link down and up.
+LINK_SIGNALS = {signal.SIGUSR1: False, signal.SIGUSR2: True}
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 # An idle queue pair costs nothing, and a guest with more processors than pairs is slowed down.
@@ -95,7 +97,8 @@ def fitted(config: DeviceConfig, port: Port) -> DeviceConfig:
     if pairs > port.carries.queue_pairs:
         most = port.carries.queue_pairs
         raise Failure(f"{port} carries {most} queue pairs, not {pairs}; give --queue-pairs {most}")
-    missing = config.features.add & ~offer.virtio_features(port.carries, pairs, config.features.remove)
+    offered = offer.virtio_features(port.carries, pairs, config.features.remove, config.personality)
+    missing = config.features.add & ~offered
     if missing:
         listed = ", ".join(names(missing)).lower()
         raise Failure(f"--features: {listed} cannot be offered: {port} with {pairs} queue pairs does not "
@@ -113,6 +116,7 @@ class Daemon:
         self._log = EventLog()
         self._loop = Loop(lambda exception: self._log.bug("internal-error", "serving an event", exception))
         self._serving = 0
+        self._services: list[Service] = []
         self._handed_over = False
 
     def run(self) -> None:
@@ -123,6 +127,7 @@ class Daemon:
             self._take_signals()
             check_cpus(self._config.cpus)
             services = self._open(cleanup) if self._config.upgrade_from is None else self._take_over(cleanup)
+            self._services = services
             for service in services:
                 cleanup.callback(service.close)
                 service.open()
@@ -140,6 +145,15 @@ class Daemon:
             signal.signal(number, signal.SIG_IGN)
         for number in ENDING:
             self._loop.on_signal(number, lambda number=number: self._end(signal.Signals(number).name))
+        if any(config.personality == "full" for config in self._config.devices):
+            for number, up in LINK_SIGNALS.items():
+                self._loop.on_signal(number, lambda up=up: self._set_links(up))
+
+    def _set_links(self, up: bool) -> None:
+        """The operator switches the links of all guests that read of it in a configuration space of ours."""
+        for config, service in zip(self._config.devices, self._services, strict=True):
+            if config.personality == "full":
+                service.set_link(up)
 
     def _end(self, why: str) -> None:
         self._log.info("ending", f"ending: {why}", reason=why)

@@ -14,7 +14,9 @@ from vdev.connection import Connection, ConnectionPart
 from vdev.engine import Engine, EnginePart
 from vdev.handover import HandoverError, Put, Take
 from vdev.logs import EventLog
+from vdev.net.config_space import ConfigSpace
 from vdev.net.features import names
+from vdev.net.mac import mac_of
 from vdev.net.offer import Audience, protocol_features, virtio_features
 from vdev.ports import adopt_port
 from vdev.ports.base import Needs, Port, PortPart
@@ -27,6 +29,7 @@ from vhost_user.state import Offer
 
 # As many as QEMU asks for; the answer may never shrink, or a front-end that reconnects refuses us.
 MEM_SLOTS = 509
+DEFAULT_MTU = 1500  # bytes: of a port that has no limit of its own
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Device:
         self._policy = policy
         self.engine = Engine(port, config.queue_pairs, journal, workers)
         self._reverse = ReverseChannel(log)
+        self._link_up = True
         self._connection: Connection | None = None
         for note in port.notes:
             log.info("port", note)
@@ -62,7 +66,8 @@ class Device:
         """What a front-end is offered whose first message is the request with the number ``opening``."""
         pairs = self.config.queue_pairs
         audience = Audience(self.config.personality, owner_first=opening == Request.SET_OWNER)
-        features = virtio_features(self.port.carries, pairs, self.config.features.remove | audience.withheld)
+        removed = self.config.features.remove | audience.withheld
+        features = virtio_features(self.port.carries, pairs, removed, audience.personality)
         return Offer(features, protocol_features(features, audience, self._arrivals is not None),
                      rings=2 * pairs, queue_num=audience.queue_num(pairs), max_mem_slots=MEM_SLOTS)
 
@@ -86,7 +91,26 @@ class Device:
         return self._connection
 
     def _backend_of(self, session: Session) -> Backend:
-        return Backend(session, self.engine, self.port, self._log, self._reverse, self._policy, self._arrivals)
+        return Backend(session, self.engine, self.port, self._log, self._reverse, self._policy, self._arrivals,
+                       self._space())
+
+    def _space(self) -> ConfigSpace | None:
+        """What a session's configuration space begins with; None where that is the front-end's."""
+        config = self.config
+        if config.personality != "full":
+            return None
+        return ConfigSpace(config.mac or mac_of(str(config)), config.queue_pairs, self.port.carries.mtu or DEFAULT_MTU,
+                           config.speed, self._link_up)
+
+    def set_link(self, up: bool) -> None:
+        """Have the guest's link go up or down, of a device whose configuration space is ours. Raises EngineStuck."""
+        if self._link_up == up:
+            return
+        self._link_up = up
+        self.engine.set_link(up)
+        self._log.info("link", f"the guest's link is {'up' if up else 'down'}", up=up)
+        if self._connection is not None and self._connection.fileno() >= 0:
+            self._connection.set_link(up)
 
     def watches(self) -> list[tuple[int, Callable[[], None]]]:
         """(descriptor, callback when it is readable) pairs; a callback raises PeerError to end the session."""

@@ -76,10 +76,6 @@ class EnginePart:
     counters: tuple[FlowStats, FlowStats]
 
 
-def _flow(ring: Ring) -> Flow:
-    return Flow(ring.queue, ring.enabled, ring.kick, ring.call, ring.err)
-
-
 def ring_name(index: int) -> str:
     """How a person knows ring ``index``: "receiveq 0" or "transmitq 0", with the pair's number."""
     return f"{'transmitq' if index % 2 else 'receiveq'} {index // 2}"
@@ -112,6 +108,7 @@ class Engine:
         self.features = 0
         self.mtu = 0
         self.watch_kicks = False
+        self._link_up = True
         self.lost_while_away = [0] * len(self.rings)  # chains a front-end completed while no back-end was there
         self.abandoned = 0  # how often a worker got stuck
         self.patience = PATIENCE  # seconds that a worker may take to let go
@@ -195,7 +192,7 @@ class Engine:
     def _resume(self) -> None:
         member = self.port.member
         receiving = [pair for pair in range(len(self.rings) // 2)
-                     if self.rings[2 * pair].queue is not None and self.rings[2 * pair].enabled]
+                     if self.rings[2 * pair].queue is not None and self.rings[2 * pair].enabled and self._link_up]
         if member is not None:
             member.spread(len(receiving))
         for served in self._lanes:
@@ -204,9 +201,9 @@ class Engine:
                                 features=self.features, member=member)
             ends = self.port.ends(served.pair)
             if served.from_guest:
-                config.from_guest, config.to_port = _flow(from_guest), ends.to_port
+                config.from_guest, config.to_port = self._flow(from_guest), ends.to_port
             if served.to_guest:
-                config.to_guest, config.from_port = _flow(to_guest), ends.from_port
+                config.to_guest, config.from_port = self._flow(to_guest), ends.from_port
                 config.door = receiving.index(served.pair) if served.pair in receiving else -1
             served.lane.configure(config)
             if config.from_guest.queue or config.to_guest.queue:
@@ -214,6 +211,9 @@ class Engine:
                     served.pump = served.worker.attach(served.lane, max(ATTACH_PATIENCE, self.patience))
                 except WorkerLost as lost:
                     self._take_back(lost)
+
+    def _flow(self, ring: Ring) -> Flow:
+        return Flow(ring.queue, ring.enabled and self._link_up, ring.kick, ring.call, ring.err)
 
     def _abandon(self) -> None:
         """Leave lanes and rings to the stuck worker for good, and start with fresh ones."""
@@ -296,6 +296,11 @@ class Engine:
                 queue.fail(reason)
                 lost.append(index)
         return lost
+
+    def set_link(self, up: bool) -> None:
+        """Have no frame go through, either way, or as the rings say. Raises EngineStuck."""
+        with self.paused():
+            self._link_up = up
 
     def refresh(self) -> None:
         """Take the port's descriptors anew. Raises EngineStuck."""

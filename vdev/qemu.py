@@ -5,7 +5,6 @@ A vhost-user back-end needs three things of QEMU: guest memory that can be share
 a guest whose network is silently dead, so they are printed as a whole.
 """
 
-import hashlib
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ import subprocess
 from collections.abc import Sequence
 
 from vdev.listen import PATH_MAX
+from vdev.net.mac import mac_of, parse_mac
 from vdev.options import escape
 
 _QUEUE_PAIRS_MAX = 256  # the kernel's limit for a TAP, and far beyond that of any guest
@@ -141,7 +141,8 @@ def _size(memory: str) -> str:
 
 def _mac(mac: str | None, path: str) -> str:
     if mac is None:
-        return "52:54:00:" + hashlib.sha256(os.fsencode(path)).digest()[:3].hex(":")
-    if not re.fullmatch("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", mac) or int(mac[:2], 16) & 1:
-        raise QemuError(f"{mac!r} is no MAC address of one station; write e.g. 52:54:00:12:34:56")
-    return mac.lower()
+        return mac_of(path).hex(":")
+    try:
+        return parse_mac(mac).hex(":")
+    except ValueError as error:
+        raise QemuError(f"{mac!r} {error}") from None

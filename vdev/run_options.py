@@ -35,7 +35,8 @@ examples:
   vdev --socket-path /tmp/vm.sock --upgrade-path /tmp/vdev.upgrade
   vdev --upgrade-from /tmp/vdev.upgrade        the next version takes over from it
 
-SIGTERM and SIGINT end vdev; SIGHUP, SIGUSR1 and SIGUSR2 are ignored.
+SIGTERM and SIGINT end vdev; SIGHUP, SIGUSR1 and SIGUSR2 are ignored. With --personality full SIGUSR1 takes the guest's
+link down, and SIGUSR2 up again.
 Exit status: 0 fine, 1 failed, 2 misused.
 """
 
@@ -57,6 +58,9 @@ def parser(prog: str, verbs: str = "") -> Parser:
     device("--personality", metavar="|".join(PERSONALITIES),
            help=f"what the front-end is: QEMU's net device, or one that leaves the whole device to vdev "
                 f"(default: {PERSONALITIES[0]})")
+    device("--mac", metavar="MAC", help="with --personality full: the guest's address (default: one made from PATH)")
+    device("--speed", metavar="N",
+           help="with --personality full: what the guest takes for the link's speed, in Mbit/s (default: 10000)")
     device("--postcopy", action="store_const", const=True,
            help="let guests arrive by postcopy migration; the front-end must be trusted as vdev itself")
     device("--client", action="store_const", const=True,
@@ -117,5 +121,5 @@ def configure(options: argparse.Namespace, passed: list[int]) -> DaemonConfig:
         values = {key: getattr(options, key.replace("-", "_")) for key in keys}
         return {key: value for key, value in values.items() if value is not None}
 
-    return build(given(PROCESS_KEYS), given(SHARED_KEYS), given(("socket", "fd", "port")),
+    return build(given(PROCESS_KEYS), given(SHARED_KEYS), given(("socket", "fd", "port", "mac")),
                  devices=options.device, file=options.config, passed=passed)

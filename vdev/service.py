@@ -72,6 +72,8 @@ class Device(Protocol):
 
     def start_workers(self) -> None: ...
 
+    def set_link(self, up: bool) -> None: ...
+
     def open_session(self, sock: socket.socket) -> Connection: ...
 
     def watches(self) -> list[tuple[int, Callback]]: ...
@@ -157,6 +159,10 @@ class Service:
     def retire(self) -> None:
         """No session is to come any more."""
         self._finished = True
+
+    def set_link(self, up: bool) -> None:
+        """Have the guest's link go up or down; what goes wrong with it ends the session."""
+        self._attempt(lambda: self._device.set_link(up))
 
     def abort(self, reason: str) -> None:
         """End the session, if there is one, for a reason of ours."""

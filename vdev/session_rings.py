@@ -53,11 +53,12 @@ def _close(queues: dict[int, VirtQueue]) -> None:
 
 
 class SessionRings:
-    """Starts, stops and resumes the rings of ``engine`` for one session; all else is the backend's, and lent."""
+    """Starts, stops and resumes the rings of ``engine`` for one session; all else is the backend's, and lent.
+    own_mtu: see vdev/agreed.py."""
 
     def __init__(self, session: Session, engine: Engine, port: Port, log: EventLog, *, memory: SessionMemory,
                  postcopy: SessionPostcopy, dirty: SessionLog, state: SessionState, iommu: Iommu,
-                 inband: InBand) -> None:
+                 inband: InBand, own_mtu: int | None = None) -> None:
         self.session = session
         self.engine = engine
         self.port = port
@@ -68,6 +69,7 @@ class SessionRings:
         self.state = state
         self.iommu = iommu
         self.inband = inband
+        self._own_mtu = own_mtu
         self._stopped_at: dict[int, int] = {}  # bases of rings that SET_STATUS 0 stopped
         self._told: dict[int, int] = {}  # bases as SET_VRING_BASE gave them
         self._answered: set[int] = set()  # rings whose base was just answered
@@ -107,7 +109,7 @@ class SessionRings:
         running = set(engine.running())
         enabled = [ring.enabled for ring in state.rings]
         marks = {index: self.dirty.marks(state, index) for index in wanted}
-        features, mtu, parked = settings = settings_of(state)
+        features, mtu, parked = settings = settings_of(state, self._own_mtu)
         if (wanted == running and enabled == [ring.enabled for ring in engine.rings]
                 and settings == (engine.features, engine.mtu, engine.watch_kicks)
                 and all(engine.rings[index].marks == wish for index, wish in marks.items())):

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 
 from .codec import Message, encode
 from .errors import Disconnected
-from .spec import STOPPED_PHASE, IotlbType, ProtocolFeature, Request, VirtioBit, mask, request_name
+from .spec import STOPPED_PHASE, ConfigWrite, IotlbType, ProtocolFeature, Request, VirtioBit, mask, request_name
 from .transport import Transport
 from .wire import (
+    CONFIG,
+    CONFIG_ANSWER,
     IOTLB,
     LOG,
     MEM_TABLE,
+    NO_CONFIG,
     SINGLE_REGION,
     STATE_TRANSFER,
     U64,
@@ -28,6 +31,7 @@ from .wire import (
     VRING_ADDR,
     VRING_FD,
     VRING_STATE,
+    Config,
     Iotlb,
     Log,
     MemTable,
@@ -374,6 +378,19 @@ class FrontEnd:
     def set_log_fd(self, fd: int, need_reply: bool | None = None) -> None:
         """Give the back-end an eventfd that it may signal when it marked something."""
         self.request(Request.SET_LOG_FD, fds=[fd], need_reply=need_reply)
+
+    # ------------------------------------------------------------------------------ configuration space
+
+    def get_config(self, offset: int, size: int) -> bytes | None:
+        """``size`` bytes of the configuration space from ``offset``; None: the back-end says that it has none such."""
+        reply = self.request(Request.GET_CONFIG, CONFIG.encode(Config(offset, 0, bytes(size))), answered=True)
+        config = CONFIG_ANSWER.decode(reply.payload)
+        return None if config == NO_CONFIG else config.data
+
+    def set_config(self, offset: int, data: bytes, flags: int = ConfigWrite.DRIVER,
+                   need_reply: bool | None = None) -> None:
+        """Write ``data`` to the configuration space at ``offset``. flags: of ConfigWrite."""
+        self.request(Request.SET_CONFIG, CONFIG.encode(Config(offset, flags, data)), need_reply=need_reply)
 
     # ------------------------------------------------------------------------------------------ network
 

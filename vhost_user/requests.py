@@ -14,7 +14,7 @@ from .errors import Refused
 from .rules import Rule
 from .spec import FDS_MAX, STATE_NOFD, ProtocolFeature, Request, VirtioBit
 from .state import Event, Offer, State
-from .wire import U64, MemTable, Region, VringState
+from .wire import U64, Config, MemTable, Region, VringState
 
 Gate = Callable[[Offer, State], None]
 
@@ -74,13 +74,13 @@ class Row:
     acked    is acknowledged whether need_reply asks for it or not
     """
 
-    payload: wire.Layout | wire.MemTableLayout = wire.NOTHING
+    payload: wire.Layout | wire.MemTableLayout | wire.ConfigLayout = wire.NOTHING
     fds: tuple[int, int] = (0, 0)
     gate: Gate = _always
     ring: Event | None = None
     rule: Rule = rules.anything
     effect: Effect = effects.nothing
-    reply: wire.Layout | None = None
+    reply: wire.Layout | wire.MemTableLayout | wire.ConfigLayout | None = None
     source: Source | None = None
     body: Callable[[Any, Any], Any] | None = None
     refusal: Any = None
@@ -104,6 +104,10 @@ def _own_u64(value: Callable[[Offer, State], int]) -> Source:
     return lambda offer, state: U64(value(offer, state))
 
 
+def _config(payload: Config, data: bytes) -> Config:
+    return replace(payload, data=data)
+
+
 def _region_base(payload: Region, address: int) -> Region:
     return replace(payload, uva=address)
 
@@ -114,6 +118,7 @@ def _table_bases(payload: MemTable, addresses: Sequence[int]) -> MemTable:
 
 _SLOTS = _negotiated(ProtocolFeature.CONFIGURE_MEM_SLOTS)
 _STATUS = _negotiated(ProtocolFeature.STATUS)
+_CONFIG = _negotiated(ProtocolFeature.CONFIG)
 _DEVICE_STATE = _negotiated(ProtocolFeature.DEVICE_STATE)
 _PAGEFAULT = _negotiated(ProtocolFeature.PAGEFAULT)
 
@@ -191,6 +196,9 @@ REQUESTS: dict[Request, Row] = {
     Request.POSTCOPY_END: Row(
         gate=_PAGEFAULT, rule=rules.postcopy_end, effect=effects.postcopy_end, reply=wire.U64_LAYOUT,
         source=_own_u64(lambda _offer, _state: 0), refusal=U64(1)),
+    # Configuration space
+    Request.GET_CONFIG: Row(wire.CONFIG, gate=_CONFIG, reply=wire.CONFIG_ANSWER, body=_config, refusal=wire.NO_CONFIG),
+    Request.SET_CONFIG: Row(wire.CONFIG, gate=_CONFIG, rule=rules.set_config),
     # Network
     Request.SEND_RARP: Row(wire.U64_LAYOUT, gate=_negotiated(ProtocolFeature.RARP)),
     Request.NET_SET_MTU: Row(
@@ -215,8 +223,6 @@ _ABOUT_MEMORY = (Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.REM_MEM_REG
 # them - which it cannot, as this is not offered.
 NOT_HANDLED: dict[Request, str] = {
     Request.SET_VRING_ENDIAN: "CROSS_ENDIAN",
-    Request.GET_CONFIG: "CONFIG",
-    Request.SET_CONFIG: "CONFIG",
     Request.CREATE_CRYPTO_SESSION: "CRYPTO_SESSION",
     Request.CLOSE_CRYPTO_SESSION: "CRYPTO_SESSION",
     Request.GET_INFLIGHT_FD: "INFLIGHT_SHMFD",

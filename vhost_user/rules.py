@@ -14,6 +14,7 @@ from .spec import (
     MTU_MIN,
     STOPPED_PHASE,
     VRING_LOG_FLAG,
+    ConfigWrite,
     Direction,
     IotlbType,
     ProtocolFeature,
@@ -22,7 +23,7 @@ from .spec import (
     mask,
 )
 from .state import Offer, Postcopy, State
-from .wire import U64, Iotlb, Log, MemTable, Region, StateTransfer, VringAddr, VringFd, VringState
+from .wire import U64, Config, Iotlb, Log, MemTable, Region, StateTransfer, VringAddr, VringFd, VringState
 
 Rule = Callable[[Offer, State, Any, int], None]
 
@@ -101,6 +102,12 @@ def set_device_state_fd(_offer: Offer, state: State, payload: StateTransfer, _fd
     if state.running:
         raise Refused("a ring is started", "the front-end must stop all rings with GET_VRING_BASE first",
                       "Migrating back-end state")
+
+
+def set_config(_offer: Offer, _state: State, payload: Config, _fds: int) -> None:
+    if payload.flags not in (ConfigWrite.DRIVER, ConfigWrite.MIGRATION):
+        raise Refused(f"flags {payload.flags:#x} say neither that the driver writes (0) nor that a guest moves (1)",
+                      "the front-end must send one of them", "Virtio device config space")
 
 
 def net_set_mtu(_offer: Offer, _state: State, payload: U64, _fds: int) -> None:

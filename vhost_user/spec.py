@@ -25,6 +25,7 @@ VRING_NOFD = 0x100  # no file descriptor comes along; the bits below it are the 
 
 QUEUE_SIZE_MAX = 32768  # virtio 1.x, "Virtqueues": the largest size of a queue
 VRING_LOG_FLAG = 0x1  # "A vring address description": writes to the used ring are logged
+CONFIG_MAX = 256  # bytes of a device's configuration space ("Virtio device config space")
 STATE_NOFD = 0x100  # SET_DEVICE_STATE_FD: no file descriptor comes back, the front-end's own is used
 MTU_MIN, MTU_MAX = 68, 65535  # virtio 1.x, "Network Device / Device configuration layout"
 
@@ -56,6 +57,13 @@ class Direction(IntEnum):
 
     SAVE = 0
     LOAD = 1
+
+
+class ConfigWrite(IntEnum):
+    """Whose SET_CONFIG it is: its ``flags`` ("Virtio device config space")."""
+
+    DRIVER = 0
+    MIGRATION = 1
 
 
 STOPPED_PHASE = 0  # the same: the one phase there is, with all rings stopped

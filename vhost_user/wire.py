@@ -12,7 +12,7 @@ from typing import Any
 from construct import Array, Construct, Int8un, Int32un, Int64un, Padding, Struct
 
 from .errors import Refused
-from .spec import TABLE_REGIONS_MAX, VRING_NOFD
+from .spec import CONFIG_MAX, TABLE_REGIONS_MAX, VRING_NOFD
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,15 @@ class StateTransfer:
     phase: int
 
 
+@dataclass(frozen=True)
+class Config:
+    """Bytes of the configuration space from ``offset`` on: those that are read or written. flags: of ConfigWrite."""
+
+    offset: int
+    flags: int
+    data: bytes
+
+
 class Layout:
     """One payload format: its name for people, its size in bytes, and both directions of translation."""
 
@@ -170,6 +179,40 @@ class MemTableLayout:
         return _TABLE_HEAD.sizeof() + count * _REGION.sizeof()
 
 
+class ConfigLayout:
+    """The other one: a range of the configuration space, and its bytes ("Virtio device config space").
+
+    answer: it is the one to GET_CONFIG, in which no bytes at all, NO_CONFIG, say that there is no such range.
+    """
+
+    name = "virtio device config space"
+
+    def __init__(self, answer: bool = False) -> None:
+        self._answer = answer
+
+    def decode(self, payload: bytes) -> Config:
+        """Raises Refused for a length that does not fit the size in it, or a range that no device has."""
+        if self._answer and not payload:
+            return NO_CONFIG
+        if len(payload) < _CONFIG_HEAD.sizeof():
+            raise wrong_size(self.name, _CONFIG_HEAD.sizeof(), len(payload))
+        head, data = _CONFIG_HEAD.parse(payload), payload[_CONFIG_HEAD.sizeof():]
+        if len(data) != head.size:
+            raise wrong_size(f"{self.name} of {head.size}", _CONFIG_HEAD.sizeof() + head.size, len(payload))
+        if not head.size or head.offset + head.size > CONFIG_MAX:
+            raise Refused(f"{head.size} bytes from {head.offset} are not within the {CONFIG_MAX} bytes that a "
+                          "configuration space may have", "the front-end must name a part of it",
+                          self.name.capitalize())
+        return Config(head.offset, head.flags, data)
+
+    def encode(self, config: Config) -> bytes:
+        """The range and its bytes -> payload bytes."""
+        if self._answer and config == NO_CONFIG:
+            return b""
+        return _CONFIG_HEAD.build({"offset": config.offset, "size": len(config.data), "flags": config.flags}
+                                  ) + config.data
+
+
 def wrong_size(name: str, expected: int, found: int) -> Refused:
     """The refusal of a payload that is not as long as its layout."""
     return Refused(f"the payload has {found} bytes, but a {name} has {expected}",
@@ -185,6 +228,7 @@ _REGION = Struct("gpa" / Int64un, "size" / Int64un, "uva" / Int64un, "offset" / 
 _SINGLE = Struct("padding" / Int64un, "region" / _REGION)
 _LOG = Struct("size" / Int64un, "offset" / Int64un)
 _TRANSFER = Struct("direction" / Int32un, "phase" / Int32un)
+_CONFIG_HEAD = Struct("offset" / Int32un, "size" / Int32un, "flags" / Int32un)
 _TABLE_HEAD = Struct("count" / Int32un, "padding" / Int32un)
 
 
@@ -211,5 +255,8 @@ STATE_TRANSFER = Layout("device state transfer parameters", _TRANSFER,
                         lambda r: StateTransfer(r.direction, r.phase), vars)
 IOTLB = Layout("IOTLB message", _IOTLB, lambda r: Iotlb(r.iova, r.size, r.uva, r.access, r.kind), vars)
 MEM_TABLE = MemTableLayout()
+CONFIG = ConfigLayout()
+CONFIG_ANSWER = ConfigLayout(answer=True)
+NO_CONFIG = Config(0, 0, b"")
 SINGLE_REGION = Layout("single memory region description", _SINGLE, lambda r: _region(r.region),
                        lambda region: {"padding": 0, "region": vars(region)})

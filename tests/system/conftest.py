@@ -44,12 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("newest_qemu") and item.callspec.params["qemu"] != NEWEST:
                 item.add_marker(pytest.mark.long)
             if "bench" in item.fixturenames:
-                item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{item.callspec.params['qemu']}"))
+                program = item.callspec.params["qemu"] if "qemu" in item.fixturenames else "uml"
+                item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{program}"))
 
 
-def _made_by(tool: str) -> str:
+def _made_by(tool: str, *options: str) -> str:
     """What a program of tools/ prints; skips with its reason when it cannot do its work."""
-    done = subprocess.run([TOOLS / tool], capture_output=True, text=True, timeout=TOOL_SECONDS, check=False)
+    done = subprocess.run([TOOLS / tool, *options], capture_output=True, text=True, timeout=TOOL_SECONDS, check=False)
     if done.returncode:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     return done.stdout
@@ -59,6 +60,12 @@ def _made_by(tool: str) -> str:
 def image() -> Image:
     """The Linux guest's kernel and initramfs."""
     return Image.parse(_made_by("guest-image"))
+
+
+@pytest.fixture(scope="session")
+def uml_image() -> Image:
+    """A guest of user-mode Linux."""
+    return Image.parse(_made_by("guest-image", "--uml"))
 
 
 @pytest.fixture(scope="session", params=["distribution", "backport"])

@@ -2,8 +2,8 @@
 
 The virtio offer is what the device always has, plus the offloads the port can carry, minus what the
 operator took out, minus what then lacks something it depends on (virtio 1.2, 5.1.3.1 "Feature bit
-requirements"). The control queue and the configuration space belong to the front-end (QEMU keeps both),
-which is why MQ and GUEST_ANNOUNCE are offered here without CTRL_VQ: the front-end adds it.
+requirements"). QEMU's net device keeps the control queue and the configuration space to itself, which is why MQ and
+GUEST_ANNOUNCE are offered to it without CTRL_VQ: the front-end adds that. Other front-ends leave both to the device.
 
 Front-ends set bits they do not act on: QEMU every protocol feature it has a number for, user-mode Linux every virtio
 feature its guest's driver takes. So what is offered depends on the :class:`Audience`, and a bit is offered to nobody
@@ -16,6 +16,8 @@ make guests slower and nothing safer.
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 from vdev.net.features import OFFLOADS, mask
 from vdev.net.features import Feature as F
@@ -26,16 +28,19 @@ from vhost_user.spec import ProtocolFeature as P
 # without PROTOCOL_FEATURES QEMU silently falls back to serving the guest itself, without a network.
 FIXED = mask(F.VERSION_1, F.PROTOCOL_FEATURES)
 
-ALWAYS = FIXED | mask(F.MTU, F.MRG_RXBUF, F.GUEST_ANNOUNCE, F.LOG_ALL, F.INDIRECT_DESC, F.EVENT_IDX,
-                      F.ACCESS_PLATFORM, F.RING_PACKED, F.IN_ORDER)
+ALWAYS = FIXED | mask(F.MTU, F.MRG_RXBUF, F.LOG_ALL, F.INDIRECT_DESC, F.EVENT_IDX, F.ACCESS_PLATFORM, F.RING_PACKED,
+                      F.IN_ORDER)
 
-# What vdev can offer at all, if the port goes along.
-IMPLEMENTED = ALWAYS | OFFLOADS | mask(F.MQ)
+# What more each personality has, with one queue pair and with several.
+PERSONALITIES = ("qemu-net", "full")
+_ONE_PAIR = {"qemu-net": mask(F.GUEST_ANNOUNCE), "full": mask(F.MAC, F.STATUS, F.SPEED_DUPLEX)}
+_SEVERAL_PAIRS = {"qemu-net": mask(F.MQ), "full": 0}
+
+# What vdev can offer at all, if port and personality go along.
+IMPLEMENTED = reduce(or_, (*_ONE_PAIR.values(), *_SEVERAL_PAIRS.values()), ALWAYS | OFFLOADS)
 
 PROTOCOL = mask(P.MQ, P.LOG_SHMFD, P.RARP, P.REPLY_ACK, P.MTU, P.BACKEND_REQ, P.RESET_DEVICE, P.CONFIGURE_MEM_SLOTS,
                 P.STATUS, P.DEVICE_STATE, P.GPA_ADDRESSES)
-
-PERSONALITIES = ("qemu-net", "full")
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,21 @@ class Audience:
     @property
     def withheld(self) -> int:
         """The virtio features it is not offered. User-mode Linux lets its guest's driver set ACCESS_PLATFORM and has no
-        IOMMU to ask; of a front-end that has one and begins with SET_OWNER nothing is known."""
-        return mask(F.ACCESS_PLATFORM) if self.owner_first else 0
+        IOMMU to ask; of a front-end that has one and begins with SET_OWNER nothing is known. It has packed rings begin
+        at base 0, which says that their wrap counters are 0, and they are 1 (virtio 1.2, 2.8.1)."""
+        if not self.owner_first:
+            return 0
+        return mask(F.ACCESS_PLATFORM, F.RING_PACKED) if self.personality == "full" else mask(F.ACCESS_PLATFORM)
 
     @property
     def extra(self) -> int:
-        """The protocol features that it is offered and others are not. QEMU sets INBAND_NOTIFICATIONS, in any of its
+        """The protocol features that it is offered and others are not. The configuration space is asked for where it
+        is ours, and QEMU's net device warns of a back-end that has one. QEMU sets INBAND_NOTIFICATIONS, in any of its
         devices, and has no code for it. User-mode Linux does its part and sets it whenever it can, simulation or not;
         messages are slower than eventfds, so they are for the operator to ask for."""
-        in_band = self.personality == "full" and self.owner_first
-        return mask(P.INBAND_NOTIFICATIONS) if in_band else 0
+        if self.personality != "full":
+            return 0
+        return mask(P.CONFIG, P.INBAND_NOTIFICATIONS) if self.owner_first else mask(P.CONFIG)
 
     def queue_num(self, queue_pairs: int) -> int:
         """What GET_QUEUE_NUM answers. QEMU's net device means queue pairs, generic front-ends mean rings."""
@@ -94,9 +104,10 @@ def without_orphans(features: int) -> int:
     return features
 
 
-def possible(carries: Carries, queue_pairs: int) -> int:
+def possible(carries: Carries, queue_pairs: int, personality: str) -> int:
     """All the virtio features a device with this port and so many queue pairs can honour."""
-    return ALWAYS | carries.offloads | (mask(F.MQ) if queue_pairs > 1 else 0)
+    own = _ONE_PAIR[personality] | (_SEVERAL_PAIRS[personality] if queue_pairs > 1 else 0)
+    return ALWAYS | carries.offloads | own
 
 
 def protocol_features(virtio: int, audience: Audience, postcopy: bool = False) -> int:
@@ -106,6 +117,6 @@ def protocol_features(virtio: int, audience: Audience, postcopy: bool = False) -
     return offered if virtio & mask(F.LOG_ALL) else offered & ~mask(P.LOG_SHMFD)
 
 
-def virtio_features(carries: Carries, queue_pairs: int, removed: int = 0) -> int:
+def virtio_features(carries: Carries, queue_pairs: int, removed: int = 0, personality: str = PERSONALITIES[0]) -> int:
     """The mask GET_FEATURES answers; ``removed`` is what the operator took out."""
-    return without_orphans(possible(carries, queue_pairs) & ~(removed & ~FIXED))
+    return without_orphans(possible(carries, queue_pairs, personality) & ~(removed & ~FIXED))

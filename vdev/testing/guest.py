@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vdev.testing.console import Console, ConsoleClosed
 from vdev.testing.netns import Namespace
-from vdev.testing.process import ProcessDied
+from vdev.testing.process import Child, ProcessDied
 from vdev.testing.qemu import Qemu, QemuProgram
 
 BOOT_SECONDS = 60
@@ -50,47 +50,36 @@ class GuestError(RuntimeError):
     """A command in the guest failed, or the guest is not there to run it."""
 
 
-class LinuxGuest:
-    """A running guest; a context manager. The constructor returns when the guest obeys commands.
+class ObedientGuest:
+    """What runs tools/guest-init: told over ``console`` what to do. Its program is ``child``, and a boot may take
+    ``boot_seconds``."""
 
-    program: which QEMU. image: what it boots. network: QEMU options, -m included (``vdev.qemu.qemu_args`` or
-    ``vdev.testing.qemu.tap_args``). cpus: virtual processors. namespace: where QEMU itself runs. kernel_options:
-    more words for the kernel's command line. boot_seconds: how long a boot may take.
-    """
+    console: Console
+    boot_seconds: float = BOOT_SECONDS
 
-    def __init__(self, program: QemuProgram, image: Image, network: Sequence[str], *, cpus: int = 1,
-                 namespace: Namespace | None = None, kernel_options: str = "",
-                 boot_seconds: float = BOOT_SECONDS) -> None:
-        self._boot_seconds = boot_seconds
+    def __init__(self) -> None:
         self._tokens = itertools.count(1)
-        self._program = program
-        self._machine = ["-kernel", str(image.kernel), "-initrd", str(image.initrd),
-                         "-append", f"{KERNEL_OPTIONS} {kernel_options}", "-smp", str(cpus),
-                         # No option ROM: this guest does not boot from the network.
-                         "-global", "virtio-net-pci.romfile="]
-        self.qemu = Qemu(program, [*self._machine, *network], namespace=namespace)
-        self.console = Console(self.qemu.serial)
-        try:
-            self.wait_until_up()
-        except BaseException:
-            self.kill()
-            raise
+
+    @property
+    def child(self) -> Child:
+        """The process that the guest is, or that runs its machine."""
+        raise NotImplementedError
 
     def wait_until_up(self) -> None:
         """Wait for the end of a boot: of the next one, or of one that ended unobserved."""
         try:
-            self.console.wait_for_line(b"guest-ready", self._boot_seconds)
+            self.console.wait_for_line(b"guest-ready", self.boot_seconds)
         except ConsoleClosed:
             raise self._gone("the guest did not come up") from None
 
     def _gone(self, what: str) -> ProcessDied:
-        return self.qemu.child.died(what)
+        return self.child.died(what)
 
     def run(self, command: str, timeout: float = 20) -> Result:
         """Run one line of shell in the guest.
 
-        The guest itself ends it after ``timeout`` seconds (status 143). Raises ProcessDied when QEMU has
-        ended, ConsoleTimeout when the guest no longer answers, ValueError for a line the console cannot
+        The guest itself ends it after ``timeout`` seconds (status 143). Raises ProcessDied when its
+        process has ended, ConsoleTimeout when the guest no longer answers, ValueError for a line the console cannot
         carry.
         """
         if "\n" in command or len(command) > COMMAND_MAX:
@@ -117,6 +106,37 @@ class LinuxGuest:
         self.check(f"ip link set {interface} up")
         for address in addresses:
             self.check(f"ip addr add {address} dev {interface}")
+
+
+class LinuxGuest(ObedientGuest):
+    """A running guest; a context manager. The constructor returns when the guest obeys commands.
+
+    program: which QEMU. image: what it boots. network: QEMU options, -m included (``vdev.qemu.qemu_args`` or
+    ``vdev.testing.qemu.tap_args``). cpus: virtual processors. namespace: where QEMU itself runs. kernel_options:
+    more words for the kernel's command line. boot_seconds: how long a boot may take.
+    """
+
+    def __init__(self, program: QemuProgram, image: Image, network: Sequence[str], *, cpus: int = 1,
+                 namespace: Namespace | None = None, kernel_options: str = "",
+                 boot_seconds: float = BOOT_SECONDS) -> None:
+        super().__init__()
+        self.boot_seconds = boot_seconds
+        self._program = program
+        self._machine = ["-kernel", str(image.kernel), "-initrd", str(image.initrd),
+                         "-append", f"{KERNEL_OPTIONS} {kernel_options}", "-smp", str(cpus),
+                         # No option ROM: this guest does not boot from the network.
+                         "-global", "virtio-net-pci.romfile="]
+        self.qemu = Qemu(program, [*self._machine, *network], namespace=namespace)
+        self.console = Console(self.qemu.serial)
+        try:
+            self.wait_until_up()
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def child(self) -> Child:
+        return self.qemu.child
 
     def twin(self, network: Sequence[str], namespace: Namespace | None = None) -> Qemu:
         """Another QEMU with the same machine on ``network``, which waits for this guest to migrate to it."""
