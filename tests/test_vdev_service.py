@@ -87,7 +87,7 @@ class FakeDevice:
         self.on_news()
 
     def stats(self):
-        flow = SimpleNamespace(frames=self.frames, bytes=10 * self.frames, gso_frames=0, kicks=0, calls=0, cycles=0,
+        flow = SimpleNamespace(frames=self.frames, bytes=10 * self.frames, gso_frames=0, kicks=0, calls=0, cycles=0, bursts=0,
                                dropped={})
         return flow, flow
 

@@ -34,7 +34,7 @@ from vdev.testing.waiting import wait_until
 
 HOSTS = {"vdev": "10.9.1.1", "peer": "10.9.2.1", "polling": "10.9.3.1"}
 GUESTS = {"vdev": "10.9.1.2", "peer": "10.9.2.2", "polling": "10.9.3.2"}
-# What docs/usage.md recommends where a guest sends many small frames: its driver is spared the kicks, which end in QEMU.
+# What docs/usage.md recommends where a guest sends many small frames: its driver is spared kicks, which end in QEMU.
 POLLING = ["--poll-us", "100"]
 PINGS = 200
 

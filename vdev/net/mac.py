@@ -1,6 +1,5 @@
 """Ethernet addresses of guests, as text and as bytes."""
 
-import hashlib
 import os
 import re
 
@@ -16,4 +15,6 @@ def parse_mac(text: str) -> bytes:
 
 def mac_of(path: str) -> bytes:
     """An address, 6 bytes, that belongs to this path alone and stays the same."""
+    import hashlib  # a command line that names an address need not wait for it
+
     return bytes.fromhex("525400") + hashlib.sha256(os.fsencode(path)).digest()[:3]

@@ -1,7 +1,7 @@
 """What a driver is told of a frame it receives: checksums to be made or valid, frames too large for any wire.
 
-The network says it in the header in front of what it sends. Where it is another guest of the same back-end, or the guest
-itself, that is what this guest sent; what the receiver did not negotiate has to be done for it, or not delivered.
+The network says it in the header in front of what it sends. Where it is another guest of the same back-end, or the
+guest itself, that is what this guest sent; what the receiver did not negotiate has to be done for it, or not delivered.
 """
 
 from vdev.conformance import frames
