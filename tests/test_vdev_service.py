@@ -87,8 +87,8 @@ class FakeDevice:
         self.on_news()
 
     def stats(self):
-        flow = SimpleNamespace(frames=self.frames, bytes=10 * self.frames, gso_frames=0, kicks=0, calls=0, cycles=0, bursts=0,
-                               dropped={})
+        flow = SimpleNamespace(frames=self.frames, bytes=10 * self.frames, gso_frames=0, kicks=0, calls=0, cycles=0,
+                               bursts=0, dropped={})
         return flow, flow
 
 
