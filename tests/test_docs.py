@@ -6,6 +6,7 @@ print, in which ``...`` stands for anything. A block marked ``toml`` is a config
 HTML comment just above a block says what is special:
 
     <!-- runs until stopped -->   the last paragraph is a daemon: it must get ready, and end well on SIGTERM
+    <!-- run by tests/FILE::TEST -->   it takes long, and that test runs it and looks closer
     <!-- not run: REASON -->
 
 Commands run at the project's root with the directory of this Python first in PATH; ``/tmp/`` stands for a
@@ -96,6 +97,12 @@ def is_like(said: str, promised: str) -> bool:
     return re.fullmatch(pattern, said.strip(), re.DOTALL) is not None
 
 
+def is_run_elsewhere(block: Block) -> bool:
+    """Does its note name a test that is there?"""
+    named = re.fullmatch(r"run by (tests/\S+)::(\w+)", block.note)
+    return named is not None and f"def {named[2]}(" in (ROOT / named[1]).read_text()
+
+
 def test_documents_are_found() -> None:
     assert len(DOCUMENTS) >= 3
     assert len([block for block in blocks() if block.language in COMMANDS]) >= 5
@@ -106,7 +113,7 @@ def test_every_block_is_run_or_says_why_not() -> None:
     wrong = [f"{block}: {block.language or 'no language'} {block.note}" for block in blocks()
              if block.language not in (*COMMANDS, SESSION, *NOT_RUN)
              or block.language in (*COMMANDS, SESSION) and block.note not in known
-             and not re.fullmatch(r"not run: \S.*", block.note)]
+             and not re.fullmatch(r"not run: \S.*", block.note) and not is_run_elsewhere(block)]
     assert not wrong
 
 
