@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 
@@ -18,7 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse to test an extension that is missing or stale, and start the record."""
+    """Refuse to test an extension that is missing or stale, and start the record. Hypothesis takes the same examples
+    each time, with --long others, and does not ask how busy the machine is."""
+    hypothesis.settings.register_profile("vdev", deadline=None, derandomize=not config.getoption("--long"),
+                                         suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.load_profile("vdev")
     try:
         import ring.build  # noqa: F401
     except ImportError as error:

@@ -151,15 +151,15 @@ def test_F36_five_percent_of_a_processor(path, rounds) -> None:
     ring (100 ms)."""
     with loopback(path) as daemon, ScriptedGuest.connect(path, features=FEATURES, size=32) as guest:
         assert goes_round(guest)
-        guest.front_end.timeout = 3 * WAIT
+        guest.front_end.timeout = WAIT
         with throttled(daemon.child.pid, 0.005, 0.11):
             for number in range(rounds):
                 guest.driver.transmit(FRAME + number.to_bytes(2))
                 base = guest.front_end.get_vring_base(1)
                 guest.front_end.set_vring_base(1, base, need_reply=True)
                 guest.front_end.set_vring_kick(1, guest.driver.transmitq.kick_fd, need_reply=True)
-                assert guest.driver.receive_within(3 * WAIT).frame == FRAME + number.to_bytes(2)
-                assert guest.driver.reclaim_all(3 * WAIT)
+                assert guest.driver.receive_within(WAIT).frame == FRAME + number.to_bytes(2)
+                assert guest.driver.reclaim_all(WAIT)
         sessions_end = daemon.events("session-end")
     assert sessions_end == []
 
@@ -382,4 +382,4 @@ def test_F44_started_again_and_again(tmp_path) -> None:
     folder.mkdir()
     with loopback(path) as daemon:
         sessions(path, 1, 3)
-        assert processor_seconds(daemon.child.pid) < WAIT
+        assert processor_seconds(daemon.child.pid) < 10

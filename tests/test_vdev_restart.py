@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ring.virtqueue import VirtQueue
+from vdev import connection
 from vdev.net.features import Feature, mask
 from vdev.testing.netdriver import NetDriver
 from vdev.testing.rig import DeviceSide
@@ -103,8 +104,9 @@ def test_a_base_that_was_answered_is_the_front_ends_from_then_on(journal: Path, 
 
 @every_ring
 @pytest.mark.parametrize("more", [False, True], ids=["", "another word"])
-def test_F04_a_ring_that_was_only_looked_at_before(journal: Path, ring: int, more: bool) -> None:
+def test_F04_a_ring_that_was_only_looked_at_before(journal: Path, ring: int, more: bool, monkeypatch) -> None:
     """QEMU's `info virtio-queue-status` asks for a base and forgets it; whatever it says next, and when."""
+    monkeypatch.setattr(connection, "RESUME_DELAY_QUIET", 0.2)
     with ServedDevice(journal=journal) as first:
         guest = ScriptedGuest(first.connect(), features=USUAL | ring, size=8)
         both_ways(first, guest)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from vdev.testing.netns import Namespace
 from vdev.testing.process import TIED, Child, ProcessDied
 
-READY_SECONDS = 10
+READY_SECONDS = 60
 # For a machine that does much else; that one second is enough where nothing else runs has a test of its own.
-STOP_SECONDS = 10
+STOP_SECONDS = 30
 
 # As root, what a plain user is: no capability now and none to be had from an executed file.
 WITHOUT_CAPABILITIES = ("setpriv", "--no-new-privs", "--securebits=+noroot", "--inh-caps=-all",

@@ -23,7 +23,7 @@ from vhost_user.spec import ProtocolFeature
 from vhost_user.spec import mask as protocol_mask
 
 SETTLE_SECONDS = 2.0  # what a session leaves is gone by then
-WAIT = 10.0  # seconds until a test gives up
+WAIT = 30.0  # seconds until a test gives up
 # Bytes of its own memory a process may have more than at first: logs, caches, what malloc keeps of frames of 4 MiB.
 GROWTH = 16 << 20
 # Named one by one: what is offered grows, and some of it changes what a request means.

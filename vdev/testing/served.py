@@ -29,7 +29,7 @@ from vdev.testing.scripted import ScriptedGuest
 from vdev.userfault import UserfaultSource
 from vdev.workers import Workers
 
-WAIT = 10.0  # seconds until a test gives up
+WAIT = 30.0  # seconds until a test gives up
 FRAME = bytes.fromhex("52540012345602000000000188b5") + bytes(range(100))
 
 
@@ -165,7 +165,7 @@ class ServedDevice:
         self.close()
 
 
-def receive(wire: socket.socket, seconds: float = 5.0) -> bytes:
+def receive(wire: socket.socket, seconds: float = WAIT) -> bytes:
     """The next frame on the network's side, without its header. Raises TimeoutError."""
     wire.settimeout(seconds)
     try:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], object], what: str | Callable[[], str], seconds: float = 20,
+def wait_until(condition: Callable[[], object], what: str | Callable[[], str], seconds: float = 60,
                pause: float = 0.002) -> None:
     """Wait until ``condition`` holds, asked every ``pause`` seconds. Raises AssertionError with ``what``, or with what
     it says then."""
