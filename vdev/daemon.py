@@ -31,7 +31,7 @@ from vdev.net import offer
 from vdev.net.features import names
 from vdev.ports import PortError, open_port
 from vdev.ports.base import Port
-from vdev.ports.spec import SwitchSpec, TapSpec
+from vdev.ports.spec import PortSpec, SwitchSpec, TapSpec
 from vdev.service import Device, Service
 from vdev.sources import Accepting, Connecting, Inherited, Source
 from vdev.workers import Workers, check_cpus
@@ -50,21 +50,7 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 # An idle queue pair costs nothing, and a guest with more processors than pairs is slowed down.
 TAP_QUEUE_PAIRS = 8
 
-
-def _open_port(config: DeviceConfig, switch: "Callable[[str], Switch]") -> tuple[DeviceConfig, Port]:
-    """The port of the device that ``config`` describes, open, and ``config`` with its number of queue pairs settled;
-    switch: gives the one of a name. Raises Failure."""
-    maybe_tap = config.port is None or isinstance(config.port, TapSpec)
-    try:
-        joined = switch(config.port.name) if isinstance(config.port, SwitchSpec) else None
-        port = open_port(config.port, config.queue_pairs or (TAP_QUEUE_PAIRS if maybe_tap else 1), joined)
-    except PortError as error:
-        raise Failure(str(error)) from None
-    try:
-        return fitted(config, port), port
-    except Failure:
-        port.close()
-        raise
+OpenPort = Callable[[PortSpec | None, int, "Switch | None"], Port]
 
 
 def _make_device(config: DeviceConfig, port: Port, log: EventLog, upgradable: bool, workers: Workers) -> Device:
@@ -107,10 +93,11 @@ def fitted(config: DeviceConfig, port: Port) -> DeviceConfig:
 
 
 class Daemon:
-    """One process that serves the devices of ``config``."""
+    """One process that serves the devices of ``config``. open_port: what opens their ports, as vdev.ports has it."""
 
-    def __init__(self, config: DaemonConfig):
+    def __init__(self, config: DaemonConfig, open_port: OpenPort = open_port):
         self._config = config
+        self._open_port = open_port
         self._workers = Workers.of(config)
         self._switches: Switches | None = None  # where no device has a port of one
         self._log = EventLog()
@@ -179,7 +166,7 @@ class Daemon:
         ports: deque[tuple[DeviceConfig, Port]] = deque()  # those that no device has taken over yet
         cleanup.callback(lambda: [port.close() for _, port in ports])
         for config in configs:
-            ports.append(_open_port(config, lambda name: self._switches.named(name)))
+            ports.append(self._port_of(config))
         for number, log in enumerate(logs):
             if isinstance(sockets[number], listen.Publication):
                 sockets[number] = self._publish(sockets[number], log, cleanup)
@@ -216,6 +203,20 @@ class Daemon:
                 self._switches.open_uplink(uplink, self._log)
         except PortError as error:
             raise Failure(str(error)) from None
+
+    def _port_of(self, config: DeviceConfig) -> tuple[DeviceConfig, Port]:
+        """``config`` with its number of queue pairs settled, and the port that it describes, open. Raises Failure."""
+        maybe_tap = config.port is None or isinstance(config.port, TapSpec)
+        try:
+            switch = self._switches.named(config.port.name) if isinstance(config.port, SwitchSpec) else None
+            port = self._open_port(config.port, config.queue_pairs or (TAP_QUEUE_PAIRS if maybe_tap else 1), switch)
+        except PortError as error:
+            raise Failure(str(error)) from None
+        try:
+            return fitted(config, port), port
+        except Failure:
+            port.close()
+            raise
 
     def _enter_sandbox(self, devices: Sequence[Device], listeners: Iterable[object]) -> None:
         """Give up what is not needed from here on. ``listeners``: those that are of class Listener have a path that is

@@ -14,16 +14,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from ipaddress import ip_address
 
 from vdev import logs, run_options
-from vdev.config import DeviceConfig
 from vdev.daemon import Daemon
-from vdev.device import Device
-from vdev.logs import EventLog
 from vdev.ports.responder import EchoReply, Responder
+from vdev.ports.spec import ResponderSpec
 
 MODULE = "vdev.testing.pinger"
 MESSAGE_MAX = 256
@@ -33,8 +29,8 @@ ASK_AGAIN = 0.1  # seconds; time enough for the guest to tell its MAC address
 class Pinger(Responder):
     """A responder with one more descriptor to watch: the one its orders come from."""
 
-    def __init__(self, config: DeviceConfig, orders: socket.socket) -> None:
-        super().__init__(config.port, 1)
+    def __init__(self, spec: ResponderSpec, orders: socket.socket) -> None:
+        super().__init__(spec, 1)
         self._orders = orders
         self.on_echo_reply = self._report
 
@@ -55,10 +51,6 @@ class Pinger(Responder):
 
     def _tell(self, **fields: object) -> None:
         self._orders.send(json.dumps(fields).encode())
-
-
-def _open(orders: socket.socket, config: DeviceConfig, log: EventLog) -> Device:
-    return Device(config.name, Pinger(config, orders), replace(config, queue_pairs=1), log)
 
 
 def ping(orders: socket.socket, address: str, sequence: int, seconds: float = 2) -> float | None:
@@ -89,7 +81,7 @@ def main() -> None:
     orders = socket.socket(fileno=int(sys.argv[1]))
     config = run_options.configure(run_options.parser("pinger").parse_args(sys.argv[2:]), [])
     logs.setup(config.log_level, config.log_format)
-    Daemon(config, partial(_open, orders)).run()
+    Daemon(config, lambda spec, queue_pairs, switch: Pinger(spec, orders)).run()
 
 
 if __name__ == "__main__":
