@@ -33,8 +33,9 @@ ONLY_FROM = {
     "construct": {"vhost_user.wire"},
     "pyroute2": {"vdev.ports.link"},
     "scapy": {"vdev.testing.*"},
-    "vdev.testing": {"vdev.testing.*", "vdev.demo"},
+    "vdev.testing": {"vdev.testing.*", "vdev.demo", "vdev.conformance.*"},
     "vdev.demo": {"vdev.verbs"},
+    "vdev.conformance": {"vdev.conformance.*", "vdev.verbs"},
     "ring._core": {"ring.build"},
     "ring._driver": {"ring.loadgen"},
     "asyncio": set(),
@@ -42,9 +43,14 @@ ONLY_FROM = {
     "tests": set(),
 }
 # Lazily: the daemon starts without it, and most daemons never need it.
-ONLY_INSIDE_FUNCTIONS = {"pyroute2", "vdev.demo"}
+ONLY_INSIDE_FUNCTIONS = {"pyroute2", "vdev.demo", "vdev.conformance"}
 # Arrows that must not be: package -> packages it does not know.
 UNKNOWN_TO = {"ring": {"vhost_user", "vdev"}, "vhost_user": {"ring", "vdev"}}
+
+
+# What the conformance suite takes of vdev: nothing of the device that it may be aimed at.
+CONFORMANCE_TAKES = {"vdev.conformance", "vdev.errors", "vdev.net.features", "vdev.run_options",
+                     "vdev.testing.netdriver", "vdev.testing.rows", "vdev.testing.scripted"}
 
 
 # ------------------------------------------------------------------------------------------------ modules
@@ -319,6 +325,13 @@ def test_public_things_are_documented() -> None:
         silent += [f"{name}.{node.name}" for node in tree.body if isinstance(node, kinds)
                    and not node.name.startswith("_") and not ast.get_docstring(node)]
     assert not silent
+
+
+def test_the_conformance_suite_knows_nothing_of_the_device() -> None:
+    wrong = [f"{name} imports {imported}" for name in modules() if is_below(name, "vdev.conformance")
+             for imported, _ in imports(name) if is_below(imported, "vdev")
+             and not any(is_below(imported, allowed) for allowed in CONFORMANCE_TAKES)]
+    assert not wrong
 
 
 # ------------------------------------------------------------------------------------------- architecture

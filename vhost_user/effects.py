@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .spec import VirtioBit
+from .spec import Status, VirtioBit
 from .state import Event, Notifier, Postcopy, State
 from .wire import U64, Log, MemTable, Region, VringAddr, VringFd, VringState
 
@@ -68,8 +68,10 @@ def set_log_base(state: State, payload: Log, _body: Any) -> State:
 
 
 def set_status(state: State, payload: U64, _body: Any) -> State:
-    # Zero stops the rings but forgets nothing: some front-ends ask for the base after it.
-    stored = replace(state, status=payload.value)
+    # Zero stops the rings but forgets nothing: some front-ends ask for the base after it. FEATURES_OK does not stay
+    # where no features were accepted: that tells the driver (virtio 1.2, 2.2.2).
+    accepted = payload.value if state.features else payload.value & ~Status.FEATURES_OK
+    stored = replace(state, status=accepted)
     return stored if payload.value else stored.all_rings(Event.STATUS_ZERO)
 
 

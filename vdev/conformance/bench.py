@@ -6,8 +6,9 @@ can be to blame.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import TypeVar
 
 from ring.driver import DriverQueue, GuestMemory
 from vdev.conformance import frames
@@ -21,6 +22,8 @@ from vhost_user.errors import PeerError
 from vhost_user.frontend import NoAnswer, RequestRefused
 from vhost_user.spec import ProtocolFeature, Status, bit_names
 from vhost_user.spec import mask as protocol_mask
+
+Found = TypeVar("Found")
 
 BASIC = mask(Feature.VERSION_1, Feature.MRG_RXBUF)
 PROTOCOL = protocol_mask(ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK)
@@ -57,6 +60,7 @@ class Bench:
         self.queue_pairs = 1
         self.trace: list[str] = []
         self._sessions: list[Session] = []
+        self._kept: dict[object, object] = {}
 
     # ---------------------------------------------------------------------------------------- what is there
 
@@ -96,6 +100,13 @@ class Bench:
         if self.wire is None:
             raise NotReachable("needs a view of the back-end's other side (--wire)")
         return self.wire
+
+    def once(self, what: Callable[..., Found], *arguments: object) -> Found:
+        """``what(self, *arguments)``, for the sake of time done once for several checks on the same ring format."""
+        key = (what, self.packed, *arguments)
+        if key not in self._kept:
+            self._kept[key] = what(self, *arguments)
+        return self._kept[key]
 
     # -------------------------------------------------------------------------------------------- sessions
 

@@ -13,6 +13,7 @@ from vhost_user.wire import Region, VringAddr
 
 BIT_30, VERSION_1, LOG_ALL, PACKED = 1 << 30, 1 << 32, 1 << 26, 1 << 34
 DRIVER_OK = 0x04
+FEATURES_OK = 8
 LOG_FLAG = 0x1
 END = 1 << 64
 
@@ -172,7 +173,7 @@ class Model:
         self._no_files(files)
         self._require(self.has(ProtocolFeature.STATUS) and value <= 0xFF)
         before = self.running()
-        self.status = value
+        self.status = value if self.driver_features else value & ~FEATURES_OK
         if value == 0:
             for ring in self.rings:
                 ring.started = False

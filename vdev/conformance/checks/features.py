@@ -94,7 +94,7 @@ def hash_report_is_closed(bench: Bench) -> None:
 
 
 @CHECKS.row("NET-CFG-D-14")
-def rx_extra_is_closed(bench: Bench) -> None:
+def extra_modes_are_closed(bench: Bench) -> None:
     """Looks for CTRL_RX_EXTRA without CTRL_VQ."""
     bench.needs(F.CTRL_RX_EXTRA)
     closed(bench, {F.CTRL_RX_EXTRA: (F.CTRL_VQ,)})

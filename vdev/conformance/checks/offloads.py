@@ -1,7 +1,8 @@
 """What a driver is told of a frame it receives: checksums to be made or valid, frames too large for any wire.
 
 The network says it in the header in front of what it sends. Where it is another guest of the same back-end, or the
-guest itself, that is what this guest sent; what the receiver did not negotiate has to be done for it, or not delivered.
+guest itself, that is what this guest sent; what the receiver did not negotiate has to be done for it, or not
+delivered.
 """
 
 from vdev.conformance import frames
@@ -189,7 +190,7 @@ def told(bench: Bench) -> list[tuple[Received, bytes]]:
 @CHECKS.row("NET-RX-D-16", "NET-RX-D-19")
 def checksum_can_be_made(bench: Bench) -> None:
     """With GUEST_CSUM, frames come whose checksum is to be made: made by csum_start and csum_offset, it is right."""
-    for received, due in told(bench):
+    for received, due in bench.once(told):
         header, frame = received.header, received.frame
         if due and header.flags & NEEDS_CSUM:
             at = header.csum_start + header.csum_offset
@@ -203,7 +204,7 @@ def checksum_can_be_made(bench: Bench) -> None:
 @CHECKS.row("NET-RX-D-18")
 def pseudo_header_is_there(bench: Bench) -> None:
     """With GUEST_CSUM, frames come whose checksum is to be made: in its place is the sum of the pseudo header."""
-    for received, due in told(bench):
+    for received, due in bench.once(told):
         header, frame = received.header, received.frame
         if due and header.flags & NEEDS_CSUM:
             at = header.csum_start + header.csum_offset
@@ -215,7 +216,7 @@ def pseudo_header_is_there(bench: Bench) -> None:
 @CHECKS.row("NET-RX-D-20")
 def large_frames_are_described(bench: Bench) -> None:
     """With GUEST_TSO4 and GUEST_TSO6, large frames come: with a gso_type, NEEDS_CSUM is set and gso_size not 0."""
-    for received, _ in told(bench):
+    for received, _ in bench.once(told):
         header = received.header
         if header.gso_type != GSO_NONE:
             expect(header.gso_type in (GSO_TCPV4, GSO_TCPV6), f"gso_type of TCP is {header.gso_type:#x}")
@@ -226,7 +227,7 @@ def large_frames_are_described(bench: Bench) -> None:
 @CHECKS.row("NET-RX-D-23")
 def header_length(bench: Bench) -> None:
     """With GUEST_TSO4 and GUEST_TSO6, large frames come: hdr_len is not less than all their headers."""
-    for received, _ in told(bench):
+    for received, _ in bench.once(told):
         header = received.header
         if header.gso_type != GSO_NONE:
             due = header.csum_start + frames.TCP_HEADER
