@@ -9,14 +9,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
 from vdev.testing import rows
+from vdev.testing.mutants import Tree, read
 
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "setup.py").exists():
@@ -30,32 +29,7 @@ WITHOUT_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # loading them takes 
 ENGINE = re.compile(r"[\[-](pump|step)[\]-]")
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """A change of ``file`` that breaks ``rows``; engine: only in that one. also: changes of further places, each with
-    file, healthy and faulty."""
-
-    name: str
-    rows: list[str]
-    file: str
-    healthy: str
-    faulty: str
-    engine: str | None = None
-    also: tuple[dict[str, str], ...] = ()
-
-    @property
-    def changes(self) -> list[tuple[str, str, str]]:
-        """(file, healthy, faulty) of every place."""
-        return [(self.file, self.healthy, self.faulty),
-                *((more["file"], more["healthy"], more["faulty"]) for more in self.also)]
-
-    def __str__(self) -> str:
-        # Not as the name of a test that is about the row (vdev/testing/rows.py): it is about the row's tests.
-        return f"{self.name} ({self.rows[0]})"
-
-
-MUTANTS = [Mutant(**fields) for file in sorted((ROOT / "tests").glob("mutants*.toml"))
-           for fields in tomllib.loads(file.read_text())["mutant"]]
+MUTANTS = read(sorted((ROOT / "tests").glob("mutants*.toml")))
 
 
 @functools.cache
@@ -74,44 +48,22 @@ def files_about() -> dict[str, set[str]]:
     return files
 
 
-class Tree:
-    """A copy of the project in ``folder``, with an extension built for it."""
+class TestedTree(Tree):
+    """A copy of the project in ``folder``, with the tests of rows."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for package in ("ring", "vdev", "vhost_user"):
-            shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        super().__init__(ROOT, folder)
         (folder / "tests").mkdir()
         for path in ["tests/conftest.py", *ROW_TESTS]:
             shutil.copy(ROOT / path, folder / "tests")
-        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, folder)
-        self.replace("ring/sources.py", '"-O2"', '"-O0"')  # builds fastest
-
-    def replace(self, file: str, healthy: str, faulty: str) -> None:
-        """Put one text in place of another that is there exactly once."""
-        text = (self.folder / file).read_text()
-        assert text.count(healthy) == 1
-        (self.folder / file).write_text(text.replace(healthy, faulty))
-
-    def run(self, *arguments: str) -> str:
-        """Run Python with what is imported taken from here -> its output."""
-        environment = {**os.environ, **WITHOUT_PLUGINS, "PYTHONPATH": str(self.folder)}
-        done = subprocess.run([sys.executable, *arguments], cwd=self.folder, env=environment, timeout=600,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert done.returncode in (0, 1), done.stdout
-        return done.stdout
-
-    def build(self) -> None:
-        """Build the extension anew."""
-        assert "rror" not in self.run("setup.py", "-q", "build_ext", "--inplace", "--force")
 
     def test(self, ids: list[str]) -> dict:
         """Run the tests of these rows -> the record (tests/conftest.py)."""
         record = self.folder / "results.json"
         files = {file for row, files in files_about().items() for file in files
                  if any(fnmatchcase(row, pattern) for pattern in ids)}
-        output = self.run(*PYTEST, "--rows", ",".join(ids), "--results", str(record), *sorted(files))
+        output = self.run(*PYTEST, "--rows", ",".join(ids), "--results", str(record), *sorted(files),
+                          more=WITHOUT_PLUGINS)
         assert record.exists(), output
         return json.loads(record.read_text())
 
@@ -125,11 +77,11 @@ def test_mutant_changes_one_place(mutant) -> None:
 
 def test_a_tree_is_made_with_a_text_replaced(tmp_path: Path) -> None:
     mutant = MUTANTS[0]
-    tree = Tree(tmp_path)
+    tree = TestedTree(tmp_path)
     tree.replace(mutant.file, mutant.healthy, mutant.faulty)
     healthy, faulty = ((root / mutant.file).read_text() for root in (ROOT, tmp_path))
     assert healthy.replace(mutant.healthy, mutant.faulty) == faulty
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="has 0 times"):
         tree.replace(mutant.file, mutant.healthy, mutant.faulty)
 
 
@@ -146,7 +98,7 @@ def test_every_row_has_a_mutant() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_copy_without_a_fault_passes(tmp_path: Path) -> None:
-    tree = Tree(tmp_path)
+    tree = TestedTree(tmp_path)
     tree.build()
     for module in ("ring.build", "ring._core", "vdev", "vhost_user"):
         where = tree.run("-c", f"import {module} as m; print(m.__file__)")
@@ -159,10 +111,9 @@ def test_copy_without_a_fault_passes(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_noticed(mutant, tmp_path: Path) -> None:
-    tree = Tree(tmp_path)
-    for change in mutant.changes:
-        tree.replace(*change)
-    if not all(file.endswith(".py") for file, _, _ in mutant.changes):
+    tree = TestedTree(tmp_path)
+    tree.change(mutant)
+    if mutant.compiled:
         tree.build()
     record = tree.test(mutant.rows)
     for row in mutant.rows:
