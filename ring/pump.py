@@ -129,6 +129,16 @@ def _flow_stats(c) -> FlowStats:
                      c.cycles)
 
 
+@dataclass(frozen=True)
+class HeaderStats:
+    """What the headers of the frames of one direction said, ever growing; counted at a switch only. See struct
+    header_stats in plane/pump.h."""
+
+    needs_csum: int = 0
+    data_valid: int = 0
+    gso_bytes: int = 0
+
+
 class Lane:
     """One queue pair at one queue of a port, or one direction of it. Counters live as long as it does. ``report`` is an
     eventfd of the caller, signalled when it has events; -1: none."""
@@ -166,6 +176,13 @@ class Lane:
         s = ffi.new("struct lane_stats *")
         lib.lane_stats_get(self._handle, s)
         return _flow_stats(s.from_guest), _flow_stats(s.to_guest)
+
+    def header_stats(self) -> tuple[HeaderStats, HeaderStats]:
+        """(from_guest, to_guest)."""
+        s = ffi.new("struct lane_stats *")
+        lib.lane_stats_get(self._handle, s)
+        return tuple(HeaderStats(c.needs_csum, c.data_valid, c.gso_bytes)
+                     for c in (s.from_guest_headers, s.to_guest_headers))
 
     def guest_mac(self) -> bytes | None:
         """Where a frame came from that the guest sent since the last call, 6 bytes; None: not known. Raises QueueBusy

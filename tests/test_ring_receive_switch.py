@@ -11,6 +11,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Dot1Q, Ether
 from scapy.layers.inet import UDP
 
+from ring.pump import HeaderStats
 from ring.receive_settings import ALL_HASH_TYPES, HashType, ReceiveSettings
 from vdev.net.features import GUEST_GSO, Feature, mask
 from vdev.testing.netdriver import GSO_TCPV4, NEEDS_CSUM, NetHeader, Received
@@ -179,6 +180,9 @@ def test_NET_OFL_D_01_offloads_that_are_switched_off_are_made_up_for():
             assert {each.header.gso_type for each in got} == {0 if segments > 1 else GSO_TCPV4}
             assert {each.hash_report for each in got} == {2}
             assert sum(len(each.frame) - 54 for each in got) == 4000
+        sent, received = sender.lanes[0].header_stats()[0], guest.lanes[0].header_stats()[1]
+        assert sent == HeaderStats(needs_csum=3, gso_bytes=3 * len(large))  # NET-STAT-D-11, 12
+        assert received == HeaderStats(needs_csum=1, gso_bytes=len(large))
 
 
 def test_settings_change_under_traffic_and_each_frame_obeys_one_of_them():

@@ -77,6 +77,15 @@ struct fabric {
     struct member members[FABRIC_MEMBERS];
 };
 
+static inline void count_header(struct header_stats *stats, const struct net_header *h, uint64_t length)
+{
+    if (likely(!(h->flags | h->gso_type)))
+        return;
+    stats->needs_csum += (h->flags & F_NEEDS_CSUM) != 0;
+    stats->data_valid += (h->flags & F_DATA_VALID) != 0;
+    stats->gso_bytes += h->gso_type ? length : 0;
+}
+
 /* A new burst begins: the batch is empty. */
 void fabric_begin(struct batch *b);
 

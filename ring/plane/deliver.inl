@@ -109,10 +109,13 @@ static void place_fitting(struct lane *l, struct vq *q, struct net_header *heade
                           const struct piece *pieces, uint64_t length)
 {
     struct piece begins = {(uint8_t *)head, HEAD_BYTES};
+    uint64_t had = l->stats.to_guest.frames;
 
     if (unlikely(length > l->config.max_frame || above_mtu(l, header, &begins, 1, length)))
         return count_drop(&l->stats.to_guest, DROP_BAD_LENGTH);
     place(l, q, header, pieces, length);
+    if (l->stats.to_guest.frames != had)
+        count_header(&l->stats.to_guest_headers, header, length);
 }
 
 /* Cut the frame, which lies in l->room, into segments that need nothing of the guest. */

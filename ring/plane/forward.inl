@@ -46,6 +46,7 @@ static int take_frame(struct lane *l, uint32_t i)
     stats->frames++;
     stats->bytes += f->length;
     stats->gso_frames += f->header.gso_type != 0;
+    count_header(&l->stats.from_guest_headers, &f->header, f->length);
     return -1;
 }
 

@@ -64,9 +64,18 @@ struct flow_stats {
                               * where there is none that is cheap to read */
 };
 
+/* What the headers of the frames said that are counted in flow_stats.frames; counted at a switch only. */
+struct header_stats {
+    uint64_t needs_csum; /* a checksum is left to the receiver */
+    uint64_t data_valid; /* it was validated */
+    uint64_t gso_bytes;  /* of the frames that are to be segmented, without the net header */
+};
+
 struct lane_stats {
     struct flow_stats from_guest;
     struct flow_stats to_guest;
+    struct header_stats from_guest_headers;
+    struct header_stats to_guest_headers;
 };
 
 /* What happened that the control plane has to know. Bits of lane_events(). */
