@@ -40,7 +40,7 @@ static void copy_frame(const struct piece *to, uint64_t skip, const struct piece
 
 /* What nearly every frame is: in one piece, for a guest whose next buffer is one too, with room for all of it. -> false:
  * it is not, and nothing was done. */
-INLINED bool place_simply(struct lane *l, struct vq *q, struct net_header *header, const struct piece *piece,
+INLINED bool place_simply(struct lane *l, struct vq *q, const struct net_header *header, const struct piece *piece,
                           uint64_t length)
 {
     struct delivery *d = &l->delivery;
@@ -60,8 +60,7 @@ INLINED bool place_simply(struct lane *l, struct vq *q, struct net_header *heade
     d->pieces = 1;
     __asm__ volatile("" ::: "memory"); /* noted, whatever becomes of the copy */
     memcpy(to->base + NET_HEADER, piece->base, length);
-    header->num_buffers = 1;
-    memcpy(to->base, header, NET_HEADER);
+    put_header(to->base, header, 1);
     wrote_pieces(q, to, 1, 0, bytes);
     RING(push)(q, c.head, c.slots, (uint32_t)bytes);
     __asm__ volatile("" ::: "memory");

@@ -107,6 +107,14 @@ INLINED void count_received(struct flow_stats *stats, const struct net_header *h
     stats->gso_frames += header->gso_type != 0;
 }
 
+/* Write the header of a frame that lies in so many buffers. In two parts: a load of all of it would have to wait for a
+ * store of a part, and that for the whole frame, for stores come to memory in their order. */
+INLINED void put_header(uint8_t *to, const struct net_header *header, uint16_t buffers)
+{
+    memcpy(to, header, offsetof(struct net_header, num_buffers));
+    memcpy(to + offsetof(struct net_header, num_buffers), &buffers, sizeof(buffers));
+}
+
 /* Finish a frame whose bytes are all in guest memory: lengths, surplus chains, header, used entries. */
 static void complete(struct lane *l, struct vq *q, struct intake *in, struct net_header *header, uint64_t length)
 {
@@ -123,8 +131,12 @@ static void complete(struct lane *l, struct vq *q, struct intake *in, struct net
     }
     if (unlikely(in->slots > slots))
         RING(unpop)(q, in->slots - slots);
-    header->num_buffers = (uint16_t)used;
-    pieces_copy(l->pieces + 1, in->pieces, 0, (uint8_t *)header, NET_HEADER, true);
+    if (likely(l->pieces[1].len >= NET_HEADER)) {
+        put_header(l->pieces[1].base, header, (uint16_t)used);
+    } else {
+        header->num_buffers = (uint16_t)used;
+        pieces_copy(l->pieces + 1, in->pieces, 0, (uint8_t *)header, NET_HEADER, true);
+    }
     wrote_pieces(q, l->pieces + 1, in->pieces, 0, NET_HEADER);
     for (uint32_t i = 0; i < used; i++)
         RING(push)(q, l->filled[i].head, l->filled[i].slots, l->filled[i].written);
