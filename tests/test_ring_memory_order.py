@@ -16,7 +16,7 @@ if not DOCUMENT.exists() or not CORE.is_dir():
     pytest.skip("no source tree here: the package is installed, not checked out", allow_module_level=True)
 
 FORMATS = ("split", "packed")
-ACCESSOR = re.compile(r"\b(load\d+(?:_acquire)?|store\d+(?:_release)?|full_barrier|__atomic_\w+)\(")
+ACCESSOR = re.compile(r"\b(glance\d+|load\d+(?:_acquire)?|store\d+(?:_release)?|full_barrier|__atomic_\w+)\(")
 FUNCTION = re.compile(r"^\w[^\n;]*?\b(\w+)\([^;{]*\)\n\{(.*?)^\}", re.MULTILINE | re.DOTALL)
 LINE = re.compile(r"^\w[^\n;{]*?\b(\w+)\([^;{]*\) \{", re.MULTILINE)
 

@@ -41,6 +41,14 @@ static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __A
 static inline void store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 static inline void or8_release(uint8_t *p, uint8_t v) { __atomic_fetch_or(p, v, __ATOMIC_RELEASE); }
 
+/* A load whose value decides nothing, so whatever it races with does not matter: ThreadSanitizer does not look at it. */
+#if defined(__SANITIZE_THREAD__)
+__attribute__((noinline, unused, no_sanitize("thread")))
+#else
+inline
+#endif
+static uint64_t glance64(const uint64_t *p) { return *(const volatile uint64_t *)p; }
+
 /* The one full barrier: orders our earlier stores before our later loads, which neither release nor
  * acquire does. ThreadSanitizer does not know fences, there a read-modify-write stands in; its cell is each
  * file's own, so that it orders nothing between the driver's half and the device's. */

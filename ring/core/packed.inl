@@ -63,7 +63,8 @@ INLINED int packed_take(struct vq *q, struct walk *w, struct chain *c)
     return RING_OK;
 }
 
-/* As split_ahead; `n` counts descriptors, which are as many where chains have one each. */
+/* As split_ahead. `n` counts descriptors, which are as many where chains have one each; where they have more, this may be
+ * the middle of one, which the driver may be writing yet. */
 INLINED const uint8_t *packed_ahead(const struct vq *q, uint32_t n)
 {
     uint16_t slot = q->next_avail;
@@ -73,7 +74,7 @@ INLINED const uint8_t *packed_ahead(const struct vq *q, uint32_t n)
     packed_advance(q, &slot, &wrap, n);
     if (!packed_is_available(q, slot, wrap))
         return NULL;
-    return guestmem_run(q->mem, q->region_hint, load64(&q->packed[slot].addr), 1, &begin) ? begin.base : NULL;
+    return guestmem_run(q->mem, q->region_hint, glance64(&q->packed[slot].addr), 1, &begin) ? begin.base : NULL;
 }
 
 /* One snapshot of a descriptor; ordered after the acquire load of the chain's first flags. */

@@ -164,13 +164,13 @@ static void deliver_frame(struct lane *l, struct vq *q, const struct frame *f)
     place_fitting(l, q, &header, f->head, f->pieces, f->length);
 }
 
-/* Where the frame after so many others will be written to. */
-INLINED void come_near_ahead(const struct vq *q, uint32_t ahead)
+/* Fetch where the frame after so many others will be written to. */
+INLINED void fetch_ahead(const struct vq *q, uint32_t ahead)
 {
     const uint8_t *begin = q->config.iotlb ? NULL : RING(ahead)(q, ahead);
 
     if (begin)
-        come_near(begin);
+        fetch_to_write(begin);
 }
 
 static void deliver(struct lane *l)
@@ -184,9 +184,9 @@ static void deliver(struct lane *l)
     RING(disarm)(q);
     l->stats.to_guest.bursts++;
     for (uint32_t i = 0; i < AHEAD; i++)
-        come_near_ahead(q, i);
+        fetch_ahead(q, i);
     while (d->left) {
-        come_near_ahead(q, AHEAD);
+        fetch_ahead(q, AHEAD);
         const struct frame *f = &d->batch->frames[__builtin_ctzll(d->left)];
         if (unlikely(q->broken || d->waiting))
             count_drop(&l->stats.to_guest, DROP_STOPPED);

@@ -79,8 +79,7 @@ static bool take_transmitted(struct lane *l, struct vq *q)
     f->writable = c.writable;
     f->count = c.readable;
     f->length = (uint32_t)c.readable_len; /* the walk has seen to it that it fits */
-    __builtin_prefetch(f->pieces->base);
-    __builtin_prefetch(f->pieces->base + HEAD_BYTES - 1);
+    fetch_to_read(f->pieces->base);
     b->used += f->lost ? 0 : 1 + c.readable + c.writable;
     b->count++;
     return true;

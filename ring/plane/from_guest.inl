@@ -50,8 +50,7 @@ OUTLINED int take_group(struct lane *l, struct vq *q, struct group *g, uint32_t 
     do {
         int status = RING(pop)(q, &c, pieces, left);
         if (likely(status == RING_OK)) {
-            __builtin_prefetch(pieces->base);
-            __builtin_prefetch(pieces->base + NET_HEADER + ETHERNET_HEADER - 1); /* often in the next line */
+            fetch_to_read(pieces->base);
             status = c.writable ? HAS_WRITABLE : RING_OK;
         } else if (status == RING_EMPTY || q->broken) {
             end = status;

@@ -14,18 +14,6 @@
  */
 #include "flow.h"
 
-/* Have the first lines of a buffer, which the guest had last, on their way to the cache: they will be written. */
-INLINED void come_near(const uint8_t *begin)
-{
-#if defined(__x86_64__)
-    __asm__ volatile("prefetchw %0" :: "m"(*begin));
-    __asm__ volatile("prefetchw %0" :: "m"(begin[NET_HEADER + ETHERNET_HEADER - 1])); /* often in the next line */
-#else
-    __builtin_prefetch(begin, 1);
-    __builtin_prefetch(begin + NET_HEADER + ETHERNET_HEADER - 1, 1);
-#endif
-}
-
 #define PIECES_MAX (RING_PIECES_MAX - 1) /* beside our header the tail, too, is a piece of its own */
 
 /* The chains a frame is being put into. */
@@ -220,7 +208,7 @@ static ssize_t read_staged(struct lane *l, const struct intake *in, struct net_h
     struct piece *pieces = l->pieces + 1;
     uint32_t before = l->config.port_header;
 
-    come_near(pieces->base); /* while the kernel is at work */
+    fetch_to_write(pieces->base); /* while the kernel is at work */
     ssize_t got = read(l->config.from_port, l->room + NET_HEADER - before, before + FRAME_ROOM);
     uint64_t fits = in->capacity - NET_HEADER < FRAME_ROOM ? in->capacity - NET_HEADER : FRAME_ROOM;
 
