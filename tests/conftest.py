@@ -2,6 +2,7 @@
 results that tools/test and tools/conformance add up, both engines, and a daemon that has to be left as it was."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -63,6 +64,13 @@ def engine(request: pytest.FixtureRequest) -> Callable:
     from vdev.testing.rig import ENGINES
 
     return ENGINES[request.param]
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that lasts as long as this run, the same for all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="module")

@@ -39,12 +39,9 @@ def items() -> Iterator[object]:
 
 
 @pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of which every worker has a folder
-    (folder / "c").mkdir(exist_ok=True)
-    return Builder(HERE, RING, folder / "c")
+def builder(shared_folder: Path) -> Builder:
+    (shared_folder / "c").mkdir(exist_ok=True)
+    return Builder(HERE, RING, shared_folder / "c")
 
 
 def skip_on_one_processor() -> None:

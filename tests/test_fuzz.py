@@ -26,8 +26,9 @@ SECONDS = 60 // len(FUZZERS)
 
 
 @pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
-    return Builder(HERE, RING, tmp_path_factory.mktemp("fuzz"), included=(HERE.parent / "c",))
+def builder(shared_folder: Path) -> Builder:
+    (shared_folder / "fuzz").mkdir(exist_ok=True)
+    return Builder(HERE, RING, shared_folder / "fuzz", included=(HERE.parent / "c",))
 
 
 def corpus(fuzzer: str) -> list[Path]:
