@@ -65,9 +65,11 @@ def test_1000_pings_from_the_host_without_a_loss(bench: Bench, address: str) -> 
 
 @pytest.mark.parametrize("size", [1, 1472, 1473, 8000, 60000])
 def test_pings_of_every_length_come_back(bench: Bench, size: int) -> None:
-    # The longest are fragmented, and longer than any one receive buffer of the guest.
-    assert ping_from_host(bench.lan, GUEST, 10, size=size).lost == 0
-    assert ping_from_guest(bench.guest, HOST, 10, size=size).lost == 0
+    # The longest are fragmented, and longer than any one receive buffer of the guest. Two of them are all that the
+    # socket of whoever pings holds: where they come close together, after a guest was held up, the third is lost there.
+    interval = 0.01 if size < 10_000 else 0.1
+    assert ping_from_host(bench.lan, GUEST, 10, interval, size).lost == 0
+    assert ping_from_guest(bench.guest, HOST, 10, interval, size).lost == 0
 
 
 def test_tcp_from_the_guest_uses_segmentation_offload(bench: Bench) -> None:
