@@ -142,8 +142,8 @@ def test_back_end_that_dies_is_said_to(tmp_path: Path) -> None:
     (["x", "--section", "nonsense"], "vdev: --section nonsense: unknown; known: status, features"),
     (["x", "--only", "NONSENSE"], "vdev: no row is chosen; ids are like VQ-SPLIT-D-11"),
     (["x", "--wire", "pigeon"], "vdev: --wire pigeon: unknown; known: reflect, tap:NAME, socket:PATH"),
-    (["/nowhere/at/all", "--seconds", "0.1"], "vdev: /nowhere/at/all: a plain front-end is not served, so nothing can "
-     "be told: "),
+    (["/nowhere/at/all", "--seconds", "0.1"], "vdev: /nowhere/at/all: no back-end answers there, so nothing can be "
+     "told: "),
 ])
 def test_mistakes_are_one_line(arguments, said) -> None:
     done = run(*arguments)

@@ -91,7 +91,7 @@ def _bench(path: str, wire_text: str | None, seconds: float) -> Bench:
     try:
         bench.look()
     except (OSError, PeerError, NoAnswer, RequestRefused, Broken, NotOffered, NotReachable) as why:
-        raise Failure(f"{path}: a plain front-end is not served, so nothing can be told: {why}") from None
+        raise Failure(f"{path}: no back-end answers there, so nothing can be told: {why}") from None
     finally:
         bench.end()
     return bench

@@ -8,7 +8,8 @@ from vdev.conformance.verdict import Check
 
 FILES = ("status", "features", "messages", "replies", "rings", "bases", "stopped", "memory", "log",
          "split", "split_notify", "packed", "packed_notify", "transmit",
-         "receive", "offloads", "network")
+         "receive", "offloads", "steering", "network", "iommu",
+         "migration")
 
 
 @cache

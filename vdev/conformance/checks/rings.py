@@ -62,6 +62,9 @@ def enabling_is_remembered(bench: Bench) -> None:
             offered_frame(session)
             order = "before" if enable_first else "after"
             expect(session.reclaimed(), f"a ring enabled {order} its start was not served")
+            if bench.wire is not None:
+                mark = frames.tag()
+                session.sends(frames.plain(mark), mark=mark)
 
 
 @CHECKS.row("VU-RING-B-04", "VU-RING-B-05", both=True)

@@ -108,7 +108,7 @@ def nothing_after_a_reset(bench: Bench) -> None:
         resets(session)
         for index in range(len(session.queues)):
             session.stop(index)
-        offered_frame(session)
+        offered_frame(session, kick=False)
         for queue in session.queues:
             queue.called()
         before = session.memory.snapshot()

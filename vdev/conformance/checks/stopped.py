@@ -37,7 +37,7 @@ def memory_stays_as_it_is(bench: Bench) -> None:
     changes."""
     with bench.session() as session:
         suspended(session)
-        offered_frame(session)
+        offered_frame(session, kick=False)
         before = session.memory.snapshot()
         provoked_quietly(session)
         session.settle()
