@@ -131,6 +131,8 @@ class Bench:
 
     def session(self, stage: Stage = Stage.RUNNING, **options) -> "Session":
         """A session at ``stage``; ``options`` as for Session. Raises NotOffered."""
+        if self.wire is not None:
+            self.wire.forget()
         session = Session(self, **options)
         self._sessions.append(session)
         try:
@@ -303,6 +305,8 @@ class Session:
         """Send ``frame`` and see its chain used. Raises Broken."""
         self.note(f"offered a frame of {len(frame)} bytes on ring {2 * pair + 1}, flags {header.flags:#x}, gso_type "
                   f"{header.gso_type:#x}, in {len(cuts) + 1} piece(s)")
+        if self.bench.wire is not None:
+            self.bench.wire.forget()
         self.drivers[pair].transmit(frame, header, cuts=cuts, direct=direct)
         expect(self.reclaimed(pair), "the chain of a transmitted frame was not used")
 

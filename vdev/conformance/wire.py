@@ -5,6 +5,7 @@ tap:NAME      the network interface NAME, in whose place the host's own stack wo
 socket:PATH   a second vhost-user socket of the same back-end, whose guest gets what the first sends, and the reverse
 """
 
+import contextlib
 import socket
 import time
 from collections.abc import Sequence
@@ -42,6 +43,9 @@ class Wire(Protocol):
     def leaves(self, session: "Session", mark: bytes, seconds: float) -> Left | None:
         """The next frame with ``mark`` that gets there, None after ``seconds``."""
 
+    def forget(self) -> None:
+        """Drop what has left so far, so that there is room for more."""
+
     def close(self) -> None:
         """Let go of it."""
 
@@ -65,6 +69,9 @@ class Reflect:
     def leaves(self, session: "Session", mark: bytes, seconds: float) -> Left | None:
         received = session.arrives(mark, seconds)
         return None if received is None else (received.header, received.frame)
+
+    def forget(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -104,6 +111,13 @@ class Tap:
                 return NetHeader.unpack(data[:_VNET_HEADER] + bytes(2)), data[_VNET_HEADER:]
         return None
 
+    def forget(self) -> None:
+        self._socket.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while self._socket.recv(1):
+                pass
+        self._socket.settimeout(None)
+
     def close(self) -> None:
         self._socket.close()
 
@@ -137,6 +151,10 @@ class Peer:
             if received is not None and mark in received.frame:
                 return received.header, received.frame
         return None
+
+    def forget(self) -> None:
+        while self._guest.driver.receive() is not None:
+            pass
 
     def close(self) -> None:
         self._guest.close()
