@@ -26,7 +26,7 @@ def checked(tree: Tree, folder: Path, mutant: Mutant, rows: list[str]) -> dict[s
     """What the suite says of ``rows`` of a device run from ``tree``: row -> verdict, or what is said of all."""
     paths = [str(folder / "socket"), str(folder / "peer")]
     port = mutant.port or LOOPBACK
-    command = [sys.executable, "-m", "vdev", "run", "--log-level", "warning",
+    command = [sys.executable, "-m", "vdev", "run", "--log-level", "warning", *mutant.options,
                *(word for path in paths for word in ("--device", f"socket={path},port={port}"))]
     wire = "reflect" if port == LOOPBACK else f"socket:{paths[1]}"
     with (folder / "log").open("w") as log:

@@ -14,7 +14,7 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Mutant:
     """A change of ``file`` that breaks ``rows``; engine: only in that one. also: changes of further places, each with
-    file, healthy and faulty. port: of the device that has it, where it shows on that only."""
+    file, healthy and faulty. port, options: of the device that has it, where it shows on such a one only."""
 
     name: str
     rows: list[str]
@@ -24,6 +24,7 @@ class Mutant:
     engine: str | None = None
     also: tuple[dict[str, str], ...] = ()
     port: str | None = None
+    options: tuple[str, ...] = ()
 
     @property
     def changes(self) -> list[tuple[str, str, str]]:

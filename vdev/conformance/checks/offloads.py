@@ -77,7 +77,8 @@ def checksums_are_made(bench: Bench) -> None:
 
 def never(bench: Bench, without: int, kinds: dict[int, str], ipv6: bool, protocol: int) -> None:
     """A large frame of a kind comes to a guest ``without`` features: no header has one of ``kinds``. Raises Broken."""
-    others = [F.GUEST_CSUM] if bench.offers(F.GUEST_CSUM) else []
+    others = [feature for feature in (F.GUEST_CSUM, F.GUEST_TSO4, F.GUEST_TSO6)
+              if bench.offers(feature) and not without >> feature & 1]
     with bench.session(needs=[*sender(bench), *others], without=without) as session:
         header, frame, _ = large(ipv6, protocol)
         mark = frame[header.hdr_len:header.hdr_len + frames.TAG_BYTES]

@@ -5,7 +5,7 @@ import time
 
 from vdev.conformance import frames
 from vdev.conformance.bench import NO_OFFLOAD, Bench, Session, Stage
-from vdev.conformance.verdict import Checks, expect
+from vdev.conformance.verdict import Checks, NotReachable, expect
 
 CHECKS = Checks()
 PAIRS = 2
