@@ -73,6 +73,8 @@ def _verdict(run: Callable[[], None]) -> tuple[Verdict, str]:
         return Verdict.FAIL, f"the driver could not go on: {why}"
     except OSError as why:
         return Verdict.FAIL, f"the connection broke: {why.strerror or why}"
+    except Exception as why:  # no accusation may come of a mistake of ours, and the other rows go on
+        return Verdict.NOT_REACHABLE, f"the check itself broke, which should not be: {type(why).__name__}: {why}"
     return Verdict.PASS, ""
 
 

@@ -54,11 +54,13 @@ def readable_from_the_start(bench: Bench) -> None:
 
 @CHECKS.row("CFG-D-02")
 def little_endian(bench: Bench) -> None:
-    """Reads max_virtqueue_pairs and mtu as little-endian numbers, as far as they are offered: they make sense."""
-    bench.needs(ProtocolFeature.CONFIG)
-    if bench.offers(F.MQ):
-        bounded(bench, "max_virtqueue_pairs", F.MQ, 1, 255)
-    bounded(bench, "mtu", F.MTU, 68, 65535)
+    """Sends NET_SET_MTU with 1400 and reads mtu: it is not 1400 the wrong way round."""
+    bench.needs(F.MTU, *NEEDS)
+    with bench.session(Stage.NEGOTIATED, needs=[F.MTU, ProtocolFeature.MTU, *NEEDS]) as found:
+        found.front_end.net_set_mtu(1400)
+        value = read(found.front_end, "mtu")
+        swapped = int.from_bytes((1400).to_bytes(2, "little"), "big")
+        expect(value != swapped, f"mtu reads {value:#x} for 1400, which is {1400:#x}")
 
 
 @CHECKS.row("NET-CFG-D-01")

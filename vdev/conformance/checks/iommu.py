@@ -74,7 +74,9 @@ class Behind:
     def translate(self, iova: int) -> bool:
         """Tell the translation of the page of ``iova``."""
         page = iova // PAGE * PAGE
-        access = self.access.get(page, READ | WRITE)
+        region = self.session.memory.regions[0]
+        mine = region.gpa <= page < region.gpa + region.size
+        access = self.access.get(page, READ | WRITE if mine else 0)
         if access:
             self.session.front_end.iotlb_update(page, PAGE, self.session.memory.uva(page), access)
         return bool(access)

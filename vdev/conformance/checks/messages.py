@@ -57,6 +57,7 @@ def several_messages_in_one_write(bench: Bench) -> None:
             if request is not Request.SET_OWNER:
                 reply = front_end.receive()
                 expect(reply.request == request, f"a reply to {reply.name} came where that to {request.name} was due")
+        expect(front_end.silent(bench.quiet), "one more message came than was due")
 
 
 @CHECKS.row("VU-MSG-B-04")
