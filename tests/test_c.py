@@ -22,10 +22,10 @@ if not sources.compiled(RING):
     pytest.skip("no C sources here: the package is installed, not checked out", allow_module_level=True)
 
 PROGRAMS = {
-    GCC: ("arithmetic", "budget", "dirty", "enumerate", "guestmem", "mutate", "offload", "pump", "rings", "switch",
-          "takeover", "workers"),
-    CLANG: ("dirty", "guestmem", "mutate", "offload", "pump", "rings", "workers"),
-    THREADS: ("dirty", "pump", "switch", "workers"),
+    GCC: ("arithmetic", "budget", "dirty", "enumerate", "guestmem", "mutate", "offload", "pump", "receive", "rings",
+          "switch", "takeover", "workers"),
+    CLANG: ("dirty", "guestmem", "mutate", "offload", "pump", "receive", "rings", "workers"),
+    THREADS: ("dirty", "pump", "receive", "switch", "workers"),
     FAST: ("arithmetic", "dirty", "litmus"),
 }
 
