@@ -134,7 +134,7 @@ def test_NET_HDR_D_02_with_HASH_REPORT_the_header_has_20_bytes_both_ways(ring):
             assert guest.to_guest.bytes == 2 * sum(map(len, frames))
 
 
-def test_a_hash_is_the_receivers_own():
+def test_NET_HASH_D_09_a_hash_is_the_receivers_own():
     """Of one broadcast each receiver gets the hash that its own driver asked for."""
     features = USUAL | HASH_REPORT
     with switched(features, features, features, USUAL) as (_, (one, two, none, sender)):
