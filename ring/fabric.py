@@ -73,12 +73,15 @@ class Member:
 
 
 class Fabric:
-    """One learning Ethernet switch. seed: what decides where addresses are kept; nobody outside should know it."""
+    """One learning Ethernet switch. seed: what decides where addresses are kept; nobody outside should know it.
+    wire: it is none, and passes on whatever comes."""
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | None = None, *, wire: bool = False) -> None:
         self._handle = lib.fabric_new(int.from_bytes(os.urandom(8), "little") if seed is None else seed)
         if self._handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
+        if wire:
+            lib.fabric_make_wire(self._handle)
         self._members = 0
 
     def join(self, *, uplink: bool = False) -> Member:

@@ -116,7 +116,7 @@ def test_speed_and_duplex(front) -> None:
 
 
 def test_fields_whose_feature_was_taken_out_read_as_zeroes() -> None:
-    removed = mask(Feature.MAC, Feature.STATUS, Feature.SPEED_DUPLEX, Feature.MTU)
+    removed = mask(Feature.MAC, Feature.STATUS, Feature.SPEED_DUPLEX, Feature.MTU, Feature.CTRL_VQ)
     with ServedDevice(personality="full", removed=removed) as served, FrontEnd(served.connect()) as front:
         front.negotiate()
         assert front.get_config(0, SIZE) == bytes(SIZE)

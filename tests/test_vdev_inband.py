@@ -57,6 +57,7 @@ def send(served, guest, frame=FRAME) -> None:
 def get(served, guest, frame=FRAME) -> None:
     """One frame from the wire reaches the guest, whose driver looks only when it is called."""
     assert not guest.driver.receiveq.ring.want_calls(1)
+    guest.kick()  # which starts the receiveq: until then frames are lost
     served.port.wire[0].send(NetHeader().pack() + frame)
     received = []
 
@@ -209,6 +210,7 @@ def test_VU_INB_B_06_nothing_is_said_again_before_it_was_acknowledged(served, gu
 
 def test_what_was_not_acknowledged_is_said_again_over_another_channel(served, guest) -> None:
     guest.response = None
+    guest.kick()
     served.port.wire[0].send(NetHeader().pack() + FRAME)
     assert guest.serve(lambda: heard(guest, CALL, RECEIVEQ) == 1)
     guest.front_end.set_backend_req_fd()
@@ -274,6 +276,7 @@ def test_pipe_takes_calls_that_cannot_be_acknowledged(served) -> None:
         fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
         guest.front_end.request(Request.SET_BACKEND_REQ_FD, fds=[theirs])
         os.close(theirs)
+        guest.kick()
         for _ in range(3):
             served.port.wire[0].send(NetHeader().pack() + FRAME)
             assert guest.serve(lambda: bool(select.select([ours], [], [], 0)[0]))

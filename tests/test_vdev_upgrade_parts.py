@@ -49,17 +49,17 @@ ELSEWHERE = {
               "_last_rarp",  # 20 ms later it means nothing
               # nothing is handed over of a guest that is being migrated, either way, or behind an IOMMU, or
               # notified by messages, or with a configuration space of ours
-              "dirty", "postcopy", "iommu", "inband", "config",
+              "dirty", "postcopy", "iommu", "inband", "config", "control",
               "_abandoned"},  # a device whose worker is stuck has no session
     SessionRings: {"session", "engine", "port", "log", "memory", "postcopy", "dirty", "state", "iommu",
-                   "inband", "_own_mtu"},  # lent by Backend
+                   "inband", "_own_mtu", "_forget"},  # lent by Backend
     SessionState: {"_engine", "_port", "_session", "_log", "_transfer"},
     Connection: {"_log", "_transport", "_session"},
     Engine: {"port", "features", "mtu", "watch_kicks",  # as the session's state says
              "abandoned", "patience", "_depth", "_lanes", "report_fd",  # of this process
              "lost_worker", "_pool", "_workers", "_apart",  # as its options say
              "_carried",  # counters
-             "_link_up"},  # nothing is handed over where it can be down
+             "_link_up", "settings", "queue_pairs"},  # nothing is handed over where it can be down
 }
 
 

@@ -16,7 +16,7 @@ def settings_of(state: State, own_mtu: int | None = None) -> tuple[int, int, boo
 def driver_line(state: State, shared: int) -> tuple[str, dict[str, object]]:
     """What the log says when the guest's driver is there, and the same as fields. shared: bytes of guest memory."""
     listed = names(state.features & ~mask(Feature.PROTOCOL_FEATURES, Feature.LOG_ALL))
-    pairs = sum(ring.enabled for ring in state.rings[::2])
+    pairs = sum(ring.enabled for ring in state.rings[:len(state.rings) // 2 * 2:2])
     rings = "packed" if state.features & mask(Feature.RING_PACKED) else "split"
     order = ", used in order" if state.features & mask(Feature.IN_ORDER) else ""
     size = max(ring.num for ring in state.rings)

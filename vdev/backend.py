@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from ring.errors import SetupError
 from ring.guestmem import DEFAULT_POLICY, Policy
+from vdev.control_queue import ControlQueue
 from vdev.device_state import StateError
 from vdev.dirty_log import SessionLog
 from vdev.engine import Engine, EngineStuck
@@ -55,9 +56,13 @@ class Backend:
         self.iommu = Iommu(engine, reverse, log)
         self.inband = InBand(engine, reverse, log)
         self.config = GuestConfig(space, session, reverse) if space is not None else None
+        self.control: ControlQueue | None = None
+        if self.config is not None:
+            self.control = ControlQueue(engine, self.config, reverse, log, lambda: self.rings.report_broken())
         self.rings = SessionRings(session, engine, port, log, memory=self.memory, postcopy=self.postcopy,
                                   dirty=self.dirty, state=self.state, iommu=self.iommu, inband=self.inband,
-                                  own_mtu=self.config and self.config.mtu)
+                                  own_mtu=self.config and self.config.mtu,
+                                  **({"forget": self.control.forget} if self.control is not None else {}))
         self._last_rarp = 0.0
         self._abandoned = engine.abandoned
 
@@ -72,6 +77,8 @@ class Backend:
             if handler is None:
                 self.rings.settle(self.session.after(request))
             answer = handler(self, request) if handler is not None else None
+            if self.control is not None:
+                self.control.settle()
             self.iommu.ask(self.session.state)
             return answer if isinstance(answer, Result) else Result.ok(answer)
         except (SetupError, PortError, StateError, CutOff, Refuse) as reason:
@@ -151,8 +158,8 @@ class Backend:
 
     def _reset_device(self, request: Accepted) -> None:
         self.rings.settle(self.session.after(request))
-        if self.config is not None:
-            self.config.reset()
+        if self.control is not None:
+            self.control.reset()
 
     def _set_status(self, request: Accepted) -> None:
         if request.payload.value:
@@ -227,6 +234,8 @@ class Backend:
         finally:
             if unused >= 0:
                 self.inband.forget(unused)
+                if self.control is not None:
+                    self.control.forget(unused)
                 os.close(unused)
 
     def _send_rarp(self, request: Accepted) -> None:
@@ -245,6 +254,11 @@ class Backend:
         self.rings.settle(self.session.state)
         if self.config is not None:
             self.config.channel_changed()
+
+    @property
+    def commands_due(self) -> float | None:
+        """When the control queue is to be looked at (``time.monotonic``); None: when it is kicked, or never."""
+        return self.control.deadline if self.control is not None else None
 
     # ------------------------------------------------------------------------------ news
 
@@ -276,6 +290,8 @@ class Backend:
         self.state.close()
         self.postcopy.close()
         self.inband.close()
+        if self.control is not None:
+            self.control.close()
         fds = self.rings.fds()
         try:
             self.engine.reset()

@@ -74,7 +74,7 @@ class Connection:
     def deadline(self) -> float | None:
         """When :meth:`on_deadline` is due (``time.monotonic``); None: nothing is pending."""
         pending = [when for when in (self._transport.deadline, self._resume_at, self._port_retry_at,
-                                     self._backend.state.deadline) if when is not None]
+                                     self._backend.state.deadline, self._backend.commands_due) if when is not None]
         return min(pending, default=None)
 
     def on_readable(self) -> None:
@@ -122,6 +122,9 @@ class Connection:
         self._transport.expire()
         self._backend.state.advance()
         now = time.monotonic()
+        due = self._backend.commands_due
+        if due is not None and now >= due:
+            self._guarded(self._backend.control.serve)
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
             if self._backend.rings.parked:

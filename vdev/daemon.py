@@ -17,7 +17,7 @@ import os
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,6 @@ from vdev.sources import Accepting, Connecting, Inherited, Source
 from vdev.workers import Workers, check_cpus
 
 if TYPE_CHECKING:
-    from vdev.ports.switch import Switch
     from vdev.switches import Switches
 
 # SIGHUP and the user signals ask some daemons to reload or to reopen logs. There is nothing to reload, and a
@@ -165,8 +164,8 @@ class Daemon:
         logs = [EventLog(config.name) for config in configs]
         ports: deque[tuple[DeviceConfig, Port]] = deque()  # those that no device has taken over yet
         cleanup.callback(lambda: [port.close() for _, port in ports])
-        for config in configs:
-            ports.append(self._port_of(config))
+        for config, log in zip(configs, logs, strict=True):
+            ports.append(self._port_of(config, log))
         for number, log in enumerate(logs):
             if isinstance(sockets[number], listen.Publication):
                 sockets[number] = self._publish(sockets[number], log, cleanup)
@@ -189,8 +188,9 @@ class Daemon:
         return services
 
     def _open_switches(self, cleanup: contextlib.ExitStack) -> None:
-        """Open the uplinks, if there are switches. Raises Failure."""
-        if not any(isinstance(config.port, SwitchSpec) for config in self._config.devices):
+        """Open the uplinks, if there are switches; a device with a control queue has one to itself. Raises Failure."""
+        if not any(isinstance(config.port, SwitchSpec) or config.personality == "full"
+                   for config in self._config.devices):
             return
         try:
             from vdev.switches import Switches
@@ -204,12 +204,16 @@ class Daemon:
         except PortError as error:
             raise Failure(str(error)) from None
 
-    def _port_of(self, config: DeviceConfig) -> tuple[DeviceConfig, Port]:
+    def _port_of(self, config: DeviceConfig, log: EventLog) -> tuple[DeviceConfig, Port]:
         """``config`` with its number of queue pairs settled, and the port that it describes, open. Raises Failure."""
         maybe_tap = config.port is None or isinstance(config.port, TapSpec)
         try:
             switch = self._switches.named(config.port.name) if isinstance(config.port, SwitchSpec) else None
-            port = self._open_port(config.port, config.queue_pairs or (TAP_QUEUE_PAIRS if maybe_tap else 1), switch)
+            if switch is None and config.personality == "full":
+                port = self._switches.wired(self._open_port(config.port, 1, None), config.name,
+                                            config.queue_pairs or 1, log)
+            else:
+                port = self._open_port(config.port, config.queue_pairs or (TAP_QUEUE_PAIRS if maybe_tap else 1), switch)
         except PortError as error:
             raise Failure(str(error)) from None
         try:

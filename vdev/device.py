@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ring.guestmem import DEFAULT_POLICY, Policy
 from ring.journal import Journal, JournalError
 from ring.pump import FlowStats
+from ring.receive_settings import ALL_HASH_TYPES, ALL_TUNNEL_TYPES, KEY_SIZE, TABLE_MAX
 from vdev import userfault
 from vdev.backend import Backend
 from vdev.config import DeviceConfig
@@ -55,12 +56,17 @@ class Device:
         self.config = config
         self._log = log
         self._policy = policy
-        self.engine = Engine(port, config.queue_pairs, journal, workers)
+        self.engine = Engine(port, config.queue_pairs, journal, workers, control_queue=self._is_full)
         self._reverse = ReverseChannel(log)
         self._link_up = True
         self._connection: Connection | None = None
         for note in port.notes:
             log.info("port", note)
+
+    @property
+    def _is_full(self) -> bool:
+        """Configuration space and control queue are ours."""
+        return self.config.personality == "full"
 
     def offer(self, opening: int) -> Offer:
         """What a front-end is offered whose first message is the request with the number ``opening``."""
@@ -69,7 +75,7 @@ class Device:
         removed = self.config.features.remove | audience.withheld
         features = virtio_features(self.port.carries, pairs, removed, audience.personality)
         return Offer(features, protocol_features(features, audience, self._arrivals is not None),
-                     rings=2 * pairs, queue_num=audience.queue_num(pairs), max_mem_slots=MEM_SLOTS)
+                     rings=len(self.engine.rings), queue_num=audience.queue_num(pairs), max_mem_slots=MEM_SLOTS)
 
     @property
     def needs(self) -> list[Needs]:
@@ -97,10 +103,11 @@ class Device:
     def _space(self) -> ConfigSpace | None:
         """What a session's configuration space begins with; None where that is the front-end's."""
         config = self.config
-        if config.personality != "full":
+        if not self._is_full:
             return None
         return ConfigSpace(config.mac or mac_of(str(config)), config.queue_pairs, self.port.carries.mtu or DEFAULT_MTU,
-                           config.speed, self._link_up)
+                           config.speed, self._link_up, key_size=KEY_SIZE, table_length=TABLE_MAX,
+                           hash_types=ALL_HASH_TYPES, tunnel_types=ALL_TUNNEL_TYPES)
 
     def set_link(self, up: bool) -> None:
         """Have the guest's link go up or down, of a device whose configuration space is ours. Raises EngineStuck."""

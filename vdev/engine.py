@@ -16,13 +16,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from ring.dirty import DirtyLog
-from ring.errors import RingError, SetupError, named
+from ring.errors import QueueBusy, RingError, SetupError, named
 from ring.guestmem import GuestMemory
 from ring.iotlb import Iotlb
 from ring.journal import Journal
 from ring.pump import Flow, FlowStats, Lane, LaneConfig, LaneEvent, Pump
+from ring.receive_settings import ReceiveSettings
 from ring.virtqueue import Takeover, VirtQueue
 from vdev.handover import Put, Take
+from vdev.net.control.command import control_queue_index
+from vdev.net.control.offloads import SWITCHABLE
+from vdev.net.offer import without_orphans
 from vdev.ports.base import Port
 from vdev.workers import ATTACH_PATIENCE, PATIENCE, Worker, WorkerLost, Workers, leave_to_worker
 
@@ -99,12 +103,17 @@ class Engine:
     The workers are not started with it: what a thread may do is settled when it starts (vdev/sandbox.py).
 
     journal: where positions of the rings are written down for a successor; None: nowhere. workers: the daemon's.
+    control_queue: there is a ring more, for a control queue, which vdev/control_queue.py serves. settings: what the
+    driver has set by it; None: it cannot.
     """
 
-    def __init__(self, port: Port, queue_pairs: int, journal: Journal | None = None, workers: Workers | None = None):
+    def __init__(self, port: Port, queue_pairs: int, journal: Journal | None = None, workers: Workers | None = None,
+                 control_queue: bool = False):
         self.port = port
         self._journal = journal
-        self.rings = [Ring() for _ in range(2 * queue_pairs)]
+        self.queue_pairs = queue_pairs
+        self.rings = [Ring() for _ in range(2 * queue_pairs + control_queue)]
+        self.settings: ReceiveSettings | None = None
         self.features = 0
         self.mtu = 0
         self.watch_kicks = False
@@ -125,7 +134,7 @@ class Engine:
 
     def _new_lanes(self) -> list[_Served]:
         ways = ((False, True), (True, False)) if self._pool.splits else ((True, True),)
-        places = [(pair, *way) for pair in range(len(self.rings) // 2) for way in ways]
+        places = [(pair, *way) for pair in range(self.queue_pairs) for way in ways]
         return [_Served(*place, worker, Lane(self.report_fd))
                 for place, worker in zip(places, self._workers, strict=True)]
 
@@ -190,15 +199,26 @@ class Engine:
             raise EngineStuck(f"a worker thread did not leave the device: {lost}")
 
     def _resume(self) -> None:
-        member = self.port.member
-        receiving = [pair for pair in range(len(self.rings) // 2)
+        member, pairs = self.port.member, self._pairs()
+        receiving = [pair for pair in pairs
                      if self.rings[2 * pair].queue is not None and self.rings[2 * pair].enabled and self._link_up]
+        features = self.features
+        if self.settings is not None:
+            receiving = self.settings.receiving(receiving)
+            features = without_orphans(self.settings.features(features, SWITCHABLE))
         if member is not None:
+            try:
+                member.receive(self.settings, receiving)
+            except QueueBusy as busy:
+                self._take_back(WorkerLost(str(busy)))
             member.spread(len(receiving))
         for served in self._lanes:
+            if served.pair not in pairs:
+                served.lane.configure(LaneConfig())
+                continue
             to_guest, from_guest = self.rings[2 * served.pair], self.rings[2 * served.pair + 1]
             config = LaneConfig(port_header=self.port.carries.header, mtu=self.mtu, watch_kicks=self.watch_kicks,
-                                features=self.features, member=member)
+                                features=features, member=member)
             ends = self.port.ends(served.pair)
             if served.from_guest:
                 config.from_guest, config.to_port = self._flow(from_guest), ends.to_port
@@ -211,6 +231,29 @@ class Engine:
                     served.pump = served.worker.attach(served.lane, max(ATTACH_PATIENCE, self.patience))
                 except WorkerLost as lost:
                     self._take_back(lost)
+
+    @property
+    def control(self) -> int | None:
+        """The index of the control queue, by the features negotiated."""
+        return control_queue_index(self.features, self.queue_pairs) if len(self.rings) % 2 else None
+
+    def _pairs(self) -> range:
+        """Those that there are for the driver: a control queue may lie where others begin."""
+        return range(self.queue_pairs if self.control is None else self.control // 2)
+
+    def data_rings(self) -> range:
+        """The indices of the receiveqs and transmitqs that there are for the driver."""
+        return range(2 * len(self._pairs()))
+
+    def ring_name(self, index: int) -> str:
+        """How a person knows ring ``index``."""
+        return "the control queue" if index == self.control else ring_name(index)
+
+    def set_settings(self, settings: ReceiveSettings | None) -> None:
+        """The driver has set this; when it returns no frame comes by what held before. Raises EngineStuck."""
+        if settings != self.settings:
+            with self.paused():
+                self.settings = settings
 
     def _flow(self, ring: Ring) -> Flow:
         return Flow(ring.queue, ring.enabled and self._link_up, ring.kick, ring.call, ring.err)
@@ -313,6 +356,7 @@ class Engine:
             queues = [ring.queue for ring in self.rings if ring.queue is not None]
             self.rings = [Ring() for _ in self.rings]
             self.features = self.mtu = 0
+            self.settings = None
             self.watch_kicks = False
             self._rejoin()
         for queue in queues:
@@ -342,6 +386,13 @@ class Engine:
         for from_guest, to_guest in both[1:]:
             totals = (totals[0] + from_guest, totals[1] + to_guest)
         return totals[0], totals[1].and_lost(self.port.missed())
+
+    def ring_stats(self, index: int) -> FlowStats:
+        """Of the receiveq or transmitq ``index``, since the device was made or a worker was lost."""
+        pair, from_guest = divmod(index, 2)
+        (served,) = [lane for lane in self._lanes
+                     if lane.pair == pair and (lane.from_guest if from_guest else lane.to_guest)]
+        return served.lane.stats()[not from_guest]
 
     def guest_macs(self) -> list[bytes]:
         """Addresses, 6 bytes each, that the guest has sent from since the last call. Raises EngineStuck."""

@@ -53,6 +53,10 @@ class GuestConfig:
             raise Refuse(f"{error}; give this vdev the options of the one the guest comes from") from None
         self.space = replace(self.space, mac=mac)
 
+    def update(self, **fields: Any) -> None:
+        """Have these fields of the space say something else, as the driver knows."""
+        self.space = replace(self.space, **fields)
+
     def change(self, **fields: Any) -> None:
         """Have these fields of the space say something else, and have the driver told."""
         changed = replace(self.space, **fields)

@@ -60,7 +60,7 @@ def open_journal(config: DeviceConfig, log: EventLog) -> Journal | None:
     if path is None:
         return None
     try:
-        return Journal(journal_path(path), 2 * config.queue_pairs)
+        return Journal(journal_path(path), 2 * config.queue_pairs + (config.personality == "full"))
     except JournalError as reason:
         log.warning("no-journal", no_journal(reason))
         return None

@@ -94,9 +94,10 @@ class ReverseChannel:
             self._waiting.append((request, answered))
         return True
 
-    def watch(self, fd: int, signalled: Callable[[], None]) -> None:
-        """Call ``signalled`` once when ``fd`` is readable, and once more after each :meth:`rearm`."""
-        self._epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+    def watch(self, fd: int, signalled: Callable[[], None], *, edges: bool = False) -> None:
+        """Call ``signalled`` once when ``fd`` is readable, and once more after each :meth:`rearm`; with ``edges``
+        whenever it was signalled, without its being read."""
+        self._epoll.register(fd, select.EPOLLIN | (select.EPOLLET if edges else select.EPOLLONESHOT))
         self._watched[fd] = signalled
 
     def rearm(self, fd: int) -> None:

@@ -11,6 +11,7 @@ the front-end can still ask for its base.
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ring.errors import MemoryGone, RingBroken, SetupError
@@ -18,7 +19,7 @@ from ring.journal import JournalError
 from ring.virtqueue import VirtQueue
 from vdev.agreed import driver_line, settings_of
 from vdev.dirty_log import SessionLog
-from vdev.engine import Engine, EngineStuck, ring_name
+from vdev.engine import Engine, EngineStuck
 from vdev.inband import InBand
 from vdev.iommu import Iommu
 from vdev.journal import no_journal
@@ -54,11 +55,12 @@ def _close(queues: dict[int, VirtQueue]) -> None:
 
 class SessionRings:
     """Starts, stops and resumes the rings of ``engine`` for one session; all else is the backend's, and lent.
-    own_mtu: see vdev/agreed.py."""
+    own_mtu: see vdev/agreed.py. forget: told of a kick that is about to be closed."""
 
     def __init__(self, session: Session, engine: Engine, port: Port, log: EventLog, *, memory: SessionMemory,
                  postcopy: SessionPostcopy, dirty: SessionLog, state: SessionState, iommu: Iommu,
-                 inband: InBand, own_mtu: int | None = None) -> None:
+                 inband: InBand, own_mtu: int | None = None,
+                 forget: Callable[[int], None] = lambda _fd: None) -> None:
         self.session = session
         self.engine = engine
         self.port = port
@@ -70,6 +72,7 @@ class SessionRings:
         self.iommu = iommu
         self.inband = inband
         self._own_mtu = own_mtu
+        self._forget = forget
         self._stopped_at: dict[int, int] = {}  # bases of rings that SET_STATUS 0 stopped
         self._told: dict[int, int] = {}  # bases as SET_VRING_BASE gave them
         self._answered: set[int] = set()  # rings whose base was just answered
@@ -141,6 +144,7 @@ class SessionRings:
             raise
         for fd in forgotten:
             self.inband.forget(fd)
+            self._forget(fd)
             os.close(fd)
         self.dirty.report(state)
         if not features:
@@ -163,12 +167,12 @@ class SessionRings:
             for index in sorted(indices):
                 ring = state.rings[index]
                 if self.memory.table is None:
-                    raise Refuse(f"{ring_name(index)} cannot start: no guest memory was shared; give QEMU "
+                    raise Refuse(f"{self.engine.ring_name(index)} cannot start: no guest memory was shared; give QEMU "
                                   "-object memory-backend-memfd,share=on and -machine memory-backend=ID")
                 try:
                     fresh[index] = self.queue(state, index, self._stopped_at.get(index, ring.base))
                 except SetupError as reason:
-                    raise Refuse(f"{ring_name(index)} cannot start: {reason}") from None
+                    raise Refuse(f"{self.engine.ring_name(index)} cannot start: {reason}") from None
                 # a ring that we stopped ourselves goes on from there, which is no news
                 self._take_over(index, fresh[index], self._stopped_at.get(index, self._told.get(index, ring.base)))
         except (Refuse, MemoryGone):
@@ -178,7 +182,7 @@ class SessionRings:
 
     def _take_over(self, index: int, queue: VirtQueue, told: int) -> None:
         """Have a new queue begin where a back-end stood that ended without being asked."""
-        name = ring_name(index)
+        name = self.engine.ring_name(index)
         try:
             found = self.engine.take_over(index, queue, told)
         except RingBroken:
@@ -206,7 +210,7 @@ class SessionRings:
     def _enable_pairs(self, enabled: list[bool]) -> None:
         """Tell the port which pairs get frames. Pair 0 keeps its queue while no other has one, so that the
         link stays up without a guest."""
-        pairs = enabled[::2]
+        pairs = enabled[:2 * self.engine.queue_pairs:2]
         for pair, on in enumerate(pairs):
             self.port.enable(pair, on or (pair == 0 and not any(pairs)))
 
@@ -234,8 +238,8 @@ class SessionRings:
             if index in self._reported:
                 continue
             self._reported.add(index)
-            self.log.peer(logging.WARNING, "ring-broken", f"{ring_name(index)} stopped: {reason}; resetting the "
-                          "guest's driver (reboot, or unbind and bind it) brings the ring back",
+            self.log.peer(logging.WARNING, "ring-broken", f"{self.engine.ring_name(index)} stopped: {reason}; "
+                          "resetting the guest's driver (reboot, or unbind and bind it) brings the ring back",
                           ring=index, code=reason.code)
 
     # ---------------------------------------------------------------------------- parked rings
@@ -251,8 +255,9 @@ class SessionRings:
             if self.session.state.resumable(index):
                 self.session.resume(index)
                 self._answered.discard(index)
-                self.log.info("ring-resumed", f"{ring_name(index)} was asked for its base and not started again, while "
-                              "others run (QEMU's `info virtio-queue-status` does that): going on with it", ring=index)
+                self.log.info("ring-resumed", f"{self.engine.ring_name(index)} was asked for its base and not started "
+                              "again, while others run (QEMU's `info virtio-queue-status` does that): going on with it",
+                              ring=index)
         try:
             self.settle(self.session.state)
         except (PortError, Refuse, OSError) as reason:

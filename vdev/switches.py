@@ -19,7 +19,7 @@ from vdev.loop import Loop, Timer
 from vdev.net.features import OFFLOADS
 from vdev.ports import open_port
 from vdev.ports.base import Needs, Port, PortError
-from vdev.ports.switch import Switch
+from vdev.ports.switch import Switch, SwitchPort, Wire
 from vdev.workers import Worker, WorkerLost, Workers, leave_to_worker
 
 # An address that nobody sends from is forgotten after 300 to 320 s, 16 ticks (802.1D, table 7-5 recommends 300 s).
@@ -54,6 +54,8 @@ class Uplink:
         self._loop = loop
         self._attach()
         loop.watch(self._report, self._on_news)
+        for fd, callback in self.port.watches():
+            loop.watch(fd, callback)
 
     def _attach(self) -> None:
         """Lend the lane. Raises OSError, RingError, WorkerLost, PortError when the switch is full."""
@@ -125,6 +127,8 @@ class Uplink:
             self._retry.cancel()
         if self._loop is not None:
             self._loop.unwatch(self._report)
+            for fd, _ in self.port.watches():
+                self._loop.unwatch(fd)
         self._take_back()
         self._worker.leave(self._on_lost)
         self._sum_up()
@@ -141,6 +145,7 @@ class Switches:
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
         self._named: dict[str, Switch] = {}
+        self._wires: list[Wire] = []
         self._uplinks: list[Uplink] = []
         self._loop: Loop | None = None
         self._timer: Timer | None = None
@@ -151,14 +156,20 @@ class Switches:
             self._named[name] = Switch(name)
         return self._named[name]
 
-    def open_uplink(self, config: UplinkConfig, log: EventLog) -> None:
-        """Open the port and make it a member of the switch. Raises PortError."""
-        switch = self.named(config.switch)
-        port = open_port(config.port, 1)
+    def wired(self, port: Port, device: str, queue_pairs: int, log: EventLog) -> SwitchPort:
+        """A port for so many queue pairs of ``device``, joined to ``port``, which is taken over, by a wire. Raises
+        PortError."""
+        wire = Wire(device)
+        self._wires.append(wire)
+        self._join(wire, port, f"{port} cannot serve --personality full", log)
+        return SwitchPort(wire, queue_pairs)
+
+    def _join(self, switch: Switch, port: Port, where: str, log: EventLog) -> None:
+        """Make ``port`` a member of ``switch``, or close it and raise PortError, which begins with ``where``."""
         try:
             if not port.carries.header:
-                raise PortError(f"--uplink {config.switch}={port}: it has no net header, so that no offload can pass; "
-                                "open the TAP with IFF_VNET_HDR")
+                raise PortError(f"{where}: it has no net header, so that no offload can pass; open the TAP with "
+                                "IFF_VNET_HDR")
             self._uplinks.append(Uplink(port, switch, self._workers.new(), log))
         except BaseException:
             port.close()
@@ -166,6 +177,12 @@ class Switches:
         switch.uplinks.append(port)
         for note in port.notes:
             log.info("port", note)
+
+    def open_uplink(self, config: UplinkConfig, log: EventLog) -> None:
+        """Open the port and make it a member of the switch. Raises PortError."""
+        switch = self.named(config.switch)
+        port = open_port(config.port, 1)
+        self._join(switch, port, f"--uplink {config.switch}={port}", log)
 
     @property
     def needs(self) -> list[Needs]:
@@ -194,5 +211,5 @@ class Switches:
             self._timer.cancel()
         for uplink in self._uplinks:
             uplink.close()
-        for switch in self._named.values():
+        for switch in (*self._named.values(), *self._wires):
             switch.close()

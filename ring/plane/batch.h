@@ -74,6 +74,7 @@ struct fabric {
     uint64_t up;     /* atomic, bits: members that get frames */
     uint64_t spread; /* atomic, bits: those with several doors */
     uint64_t taken;  /* bits, the control thread's */
+    bool is_wire;    /* learns nothing and passes everything on */
     struct member members[FABRIC_MEMBERS];
 };
 

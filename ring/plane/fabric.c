@@ -32,7 +32,8 @@
  * counted there, and nobody waits. Hence a receiveq at a switch is never kicked for, and its kicks mean nothing.
  *
  * Not forwarded are frames that no switch forwards: those from a group address, and those to 01:80:C2:00:00:00-0F
- * (802.1D, 7.12.6, addresses reserved for bridges).
+ * (802.1D, 7.12.6, addresses reserved for bridges). Two members that are only to be joined have a wire instead, which
+ * has no opinion on addresses: all that a switch does to a receiver, and nothing of what it does to a network.
  */
 #include <errno.h>
 #include <sched.h>
@@ -68,9 +69,9 @@ static uint64_t members_for(const struct member *from, const uint8_t *destinatio
     uint64_t up = __atomic_load_n(&f->up, __ATOMIC_RELAXED), all = up & ~(1ull << from->number);
 
     *dropped = DROP_FILTERED;
-    if (is_reserved(destination))
+    if (is_reserved(destination) && !f->is_wire)
         return 0;
-    if (!is_group(destination)) {
+    if (!is_group(destination) && !f->is_wire) {
         int number = table_find(&f->table, mac_at(destination));
         if (number == (int)from->number)
             return 0;
@@ -93,7 +94,7 @@ int fabric_route(const struct member *from, struct batch *b, uint32_t i)
     struct frame *frame = &b->frames[i];
     uint64_t destination = mac_at(frame->ethernet), source = mac_at(frame->ethernet + MAC);
 
-    if (source != b->source) {
+    if (source != b->source && !f->is_wire) {
         if (unlikely(is_group(frame->ethernet + MAC)))
             return DROP_FILTERED;
         table_learn(&f->table, source, from->number);
@@ -298,6 +299,11 @@ struct fabric *fabric_new(uint64_t seed)
     return f;
 }
 
+void fabric_make_wire(struct fabric *f)
+{
+    f->is_wire = true;
+}
+
 void fabric_free(struct fabric *f)
 {
     munmap(f, sizeof(*f));
@@ -376,7 +382,7 @@ void member_abandon(struct member *m)
 
 void member_learn(struct member *m, const uint8_t *mac)
 {
-    if (!is_group(mac))
+    if (!is_group(mac) && !m->fabric->is_wire)
         table_learn(&m->fabric->table, mac_at(mac), m->number);
 }
 

@@ -31,6 +31,8 @@ struct member_missed {
 
 /* -> NULL with errno. seed: any number; who knows it can choose addresses that drive each other out. */
 struct fabric *fabric_new(uint64_t seed);
+/* It is a wire, no switch: what one member sends all others get, whatever the addresses. Before a member joins. */
+void fabric_make_wire(struct fabric *f);
 /* No lane may name a member of it any more. */
 void fabric_free(struct fabric *f);
 /* A new member, down. uplink: its lanes have no queues but a descriptor. -> NULL: there are FABRIC_MEMBERS. */

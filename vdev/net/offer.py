@@ -33,8 +33,13 @@ ALWAYS = FIXED | mask(F.MTU, F.MRG_RXBUF, F.LOG_ALL, F.INDIRECT_DESC, F.EVENT_ID
 
 # What more each personality has, with one queue pair and with several.
 PERSONALITIES = ("qemu-net", "full")
-_ONE_PAIR = {"qemu-net": mask(F.GUEST_ANNOUNCE), "full": mask(F.MAC, F.STATUS, F.SPEED_DUPLEX)}
-_SEVERAL_PAIRS = {"qemu-net": mask(F.MQ), "full": 0}
+_CONTROLLED = (F.CTRL_RX, F.CTRL_RX_EXTRA, F.CTRL_VLAN, F.CTRL_MAC_ADDR, F.GUEST_ANNOUNCE, F.CTRL_GUEST_OFFLOADS, F.MQ,
+               F.RSS, F.HASH_REPORT, F.HASH_TUNNEL, F.DEVICE_STATS)
+_ONE_PAIR = {"qemu-net": mask(F.GUEST_ANNOUNCE),
+             "full": mask(F.MAC, F.STATUS, F.SPEED_DUPLEX, F.CTRL_VQ, *_CONTROLLED) & ~mask(F.MQ, F.RSS)}
+_SEVERAL_PAIRS = {"qemu-net": mask(F.MQ), "full": mask(F.MQ, F.RSS)}
+# The control queue is walked by the control thread, which has no translations.
+_NEVER = {"qemu-net": 0, "full": mask(F.ACCESS_PLATFORM)}
 
 # What vdev can offer at all, if port and personality go along.
 IMPLEMENTED = reduce(or_, (*_ONE_PAIR.values(), *_SEVERAL_PAIRS.values()), ALWAYS | OFFLOADS)
@@ -59,11 +64,11 @@ class Audience:
     @property
     def withheld(self) -> int:
         """The virtio features it is not offered. User-mode Linux lets its guest's driver set ACCESS_PLATFORM and has no
-        IOMMU to ask; of a front-end that has one and begins with SET_OWNER nothing is known. It has packed rings begin
-        at base 0, which says that their wrap counters are 0, and they are 1 (virtio 1.2, 2.8.1)."""
+        IOMMU to ask; of a front-end that has one and begins with SET_OWNER nothing is known. It also has packed rings
+        begin at base 0, which says that their wrap counters are 0, and they are 1 (virtio 1.2, 2.8.1)."""
         if not self.owner_first:
             return 0
-        return mask(F.ACCESS_PLATFORM, F.RING_PACKED) if self.personality == "full" else mask(F.ACCESS_PLATFORM)
+        return mask(F.RING_PACKED) if self.personality == "full" else mask(F.ACCESS_PLATFORM)
 
     @property
     def extra(self) -> int:
@@ -77,7 +82,7 @@ class Audience:
 
     def queue_num(self, queue_pairs: int) -> int:
         """What GET_QUEUE_NUM answers. QEMU's net device means queue pairs, generic front-ends mean rings."""
-        return queue_pairs if self.personality == "qemu-net" else 2 * queue_pairs
+        return queue_pairs if self.personality == "qemu-net" else 2 * queue_pairs + 1
 
 
 # feature -> it needs at least one of these; what others need comes before what needs it
@@ -96,9 +101,15 @@ _NEEDS = {
 }
 
 
-def without_orphans(features: int) -> int:
+# The same for whoever has to bring the control queue along: not QEMU.
+_NEEDS_CONTROL = dict.fromkeys(_CONTROLLED, mask(F.CTRL_VQ)) | {
+    F.HASH_TUNNEL: mask(F.RSS, F.HASH_REPORT)}
+
+
+def without_orphans(features: int, personality: str = PERSONALITIES[0]) -> int:
     """``features`` less every one whose requirement is missing."""
-    for feature, needs in _NEEDS.items():
+    requirements = _NEEDS | _NEEDS_CONTROL if personality == "full" else _NEEDS
+    for feature, needs in requirements.items():
         if not features & needs:
             features &= ~mask(feature)
     return features
@@ -107,7 +118,7 @@ def without_orphans(features: int) -> int:
 def possible(carries: Carries, queue_pairs: int, personality: str) -> int:
     """All the virtio features a device with this port and so many queue pairs can honour."""
     own = _ONE_PAIR[personality] | (_SEVERAL_PAIRS[personality] if queue_pairs > 1 else 0)
-    return ALWAYS | carries.offloads | own
+    return (ALWAYS | carries.offloads | own) & ~_NEVER[personality]
 
 
 def protocol_features(virtio: int, audience: Audience, postcopy: bool = False) -> int:
@@ -119,4 +130,4 @@ def protocol_features(virtio: int, audience: Audience, postcopy: bool = False) -
 
 def virtio_features(carries: Carries, queue_pairs: int, removed: int = 0, personality: str = PERSONALITIES[0]) -> int:
     """The mask GET_FEATURES answers; ``removed`` is what the operator took out."""
-    return without_orphans(possible(carries, queue_pairs, personality) & ~(removed & ~FIXED))
+    return without_orphans(possible(carries, queue_pairs, personality) & ~(removed & ~FIXED), personality)

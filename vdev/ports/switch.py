@@ -4,6 +4,10 @@ Frames go from ring to ring in the workers of those who send (ring/plane/fabric.
 and its uplinks to the network of the host, is in vdev/switches.py.
 
 A device at a switch is offered all offloads; what a receiver did not negotiate is made up for where it gets the frame.
+
+What a guest's driver sets about the frames it receives (vdev/control_queue.py) is done where a switch delivers them. So
+a device that has a control queue is always a member of something: of a switch, or of a :class:`Wire` that joins it to
+its port and to nothing else.
 """
 
 import contextlib
@@ -11,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import reduce
 from operator import and_
+from typing import Any
 
 from ring.fabric import Fabric, FabricFull, Member
 from vdev.handover import Put
@@ -24,11 +29,13 @@ class Switch:
 
     Raises PortError when there is no memory for it."""
 
+    is_wire = False
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.uplinks: list[Port] = []
         try:
-            self._fabric = Fabric()
+            self._fabric = Fabric(wire=self.is_wire)
         except OSError as error:
             raise PortError(f"{self}: {error.strerror.lower()}") from None
 
@@ -57,13 +64,23 @@ class Switch:
         self._fabric.close()
 
 
+class Wire(Switch):
+    """What joins one device to its port. ``name`` is that of the device."""
+
+    is_wire = True
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.uplinks)) or f"the wire of {self.name}"
+
+
 class SwitchPort(Port):
     """One device's port of a switch."""
 
     def __init__(self, switch: Switch, queue_pairs: int) -> None:
         self._switch = switch
         self._lost: Counter[str] = Counter()  # of members that had to be abandoned
-        self.carries = Carries(VNET_HEADER, switch.offloads, queue_pairs)
+        mtu = switch.uplinks[0].carries.mtu if switch.is_wire else None
+        self.carries = Carries(VNET_HEADER, switch.offloads, queue_pairs, mtu)
         self.member: Member | None = switch.join()
 
     def __str__(self) -> str:
@@ -77,6 +94,13 @@ class SwitchPort(Port):
             self.member.learn(mac)
         for uplink in self._switch.uplinks:
             uplink.announce(mac)
+
+    def learned(self) -> dict[str, Any]:
+        return self._switch.uplinks[0].learned() if self._switch.is_wire else {}
+
+    def recall(self, learned: dict[str, Any]) -> None:
+        if self._switch.is_wire:
+            self._switch.uplinks[0].recall(learned)
 
     def missed(self) -> Mapping[str, int]:
         return self._lost + Counter(self.member.missed() if self.member is not None else {})

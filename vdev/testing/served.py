@@ -24,6 +24,7 @@ from vdev.ports.base import Carries, Ends
 from vdev.ports.sockets import SocketPort
 from vdev.postcopy import Arrivals
 from vdev.service import Service
+from vdev.switches import Switches
 from vdev.testing.netdriver import NetHeader
 from vdev.testing.scripted import ScriptedGuest
 from vdev.userfault import UserfaultSource
@@ -96,10 +97,16 @@ class ServedDevice:
         self.failures: list[Exception] = []
         self._loop = Loop(self.failures.append)
         self._log = _Recorder(self.log)
-        self.device = Device("test", self.port, config, self._log,
+        self._switches = Switches(workers or Workers()) if personality == "full" else None
+        port = self.port
+        if self._switches is not None:
+            port = self._switches.wired(self.port, "test", config.queue_pairs, self._log)
+        self.device = Device("test", port, config, self._log,
                              journal and Journal(str(journal), 2 * config.queue_pairs),
                              arrivals=Arrivals(UserfaultSource()) if postcopy else None, workers=workers)
         self.device.start_workers()
+        if self._switches is not None:
+            self._switches.start(self._loop)
         self._source = _Handed()
         self._service = Service(self._loop, self.device, self._source, self._log, False, self._loop.stop)
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
@@ -153,6 +160,8 @@ class ServedDevice:
             self.call(self._loop.stop)
             self._thread.join(WAIT)
             self.device.close()
+            if self._switches is not None:
+                self._switches.close()
             self._loop.close()
             os.close(self._wake)
         for failure in self.failures:
