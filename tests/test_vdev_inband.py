@@ -261,6 +261,7 @@ VRING_ACK = (CALL.to_bytes(4, "little") + (0x5).to_bytes(4, "little") + (8).to_b
 
 def test_what_was_not_said_for_want_of_a_channel_is_said_when_there_is_one(served) -> None:
     with InBandGuest(served.connect(), features=RING, channel=False) as guest:
+        guest.kick()
         served.port.wire[0].send(NetHeader().pack() + FRAME)
         assert guest.serve(lambda: guest.driver.receive() is not None)
         assert "the front-end must send SET_BACKEND_REQ_FD" in served.wait_for("no-channel")
