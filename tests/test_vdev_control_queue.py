@@ -12,6 +12,7 @@ from vdev.net.features import Feature, mask
 from vdev.testing.full_guest import PLAIN, FullGuest
 from vdev.testing.netdriver import NetHeader
 from vdev.testing.served import ServedDevice, WirePort
+from vdev.testing.waiting import wait_until
 from vhost_user.spec import BackendRequest
 
 row = pytest.mark.row
@@ -303,7 +304,7 @@ def test_announcement_is_asked_for_until_it_is_acknowledged() -> None:
 def test_statistics() -> None:
     with served(1, PLAIN | mask(F.DEVICE_STATS)) as (device, guest):
         assert gets(device, guest, frame(BROADCAST), frame(BROADCAST)) == [frame(BROADCAST)] * 2
-        assert guest.command(STATS, 0, reply=20) == (OK, struct.pack("<Q", 1 | 1 << 16 | 1 << 32))
+        assert guest.command(STATS, 0, reply=20) == (OK, struct.pack("<Q", 7 | 3 << 16 | 1 << 32))
 
         def get(index: int, types: int, room: int = 100) -> tuple[int, bytes]:
             return guest.command(STATS, 1, struct.pack("<H6xQ", index, types), reply=room)
@@ -350,3 +351,84 @@ def test_driver_that_goes_on_with_another_vdev_gets_everything() -> None:
             guest.reconnect(second.connect())
             assert "not known" in second.wait_for("settings-unknown")
             assert gets(second, guest, frame(OTHER), frame(GROUP)) == [frame(OTHER), frame(GROUP)]
+
+
+# ----------------------------------------------------------------------------------------------- coalescing
+
+COALESCING = 6
+BY_DEVICE, BY_QUEUE = mask(F.NOTF_COAL), mask(F.VQ_NOTF_COAL)
+
+
+def coal(packets: int, usecs: int) -> bytes:
+    return struct.pack("<II", packets, usecs)
+
+
+def of_queue(index: int, packets: int = 0, usecs: int = 0, reserved: int = 0) -> bytes:
+    return struct.pack("<HH", index, reserved) + coal(packets, usecs)
+
+
+@row("NET-COAL-D-01", "NET-COAL-D-04")
+def test_the_last_command_about_a_queue_holds() -> None:
+    with served(2, PLAIN | mask(F.MQ) | BY_DEVICE | BY_QUEUE) as (_, guest):
+        def every() -> list[bytes]:
+            answers = [guest.command(COALESCING, 3, of_queue(index)[:4], reply=8) for index in range(4)]
+            assert {ack for ack, _ in answers} == {OK}
+            return [reply for _, reply in answers]
+
+        assert every() == [bytes(8)] * 4
+        assert guest.command(COALESCING, 0, coal(10, 20)) == (OK, b"")
+        assert every() == [bytes(8), coal(10, 20)] * 2
+        assert guest.command(COALESCING, 2, of_queue(1, 5, 6, reserved=7)) == (OK, b"")
+        assert guest.command(COALESCING, 1, coal(30, 40)) == (OK, b"")
+        assert every() == [coal(30, 40), coal(5, 6), coal(30, 40), coal(10, 20)]
+        assert guest.command(COALESCING, 0, coal(1, 2)) == (OK, b"")
+        assert every() == [coal(30, 40), coal(1, 2)] * 2
+
+
+@row("NET-COAL-D-07", "NET-COAL-DR-01")
+def test_queue_that_is_not_there_is_refused() -> None:
+    with served(2, PLAIN | mask(F.MQ) | BY_QUEUE) as (_, guest):
+        for index in (4, 5, 0xFFFF):
+            assert guest.command(COALESCING, 2, of_queue(index, 1, 1)) == (ERR, b"")
+            assert guest.command(COALESCING, 3, of_queue(index), reply=8) == (ERR, b"")
+        assert guest.command(COALESCING, 0, coal(1, 1)) == (ERR, b"")
+        guest.front_end.set_vring_enable(2, False)
+        assert guest.command(COALESCING, 2, of_queue(2, 1, 1)) == (ERR, b"")
+
+
+@row("NET-COAL-D-02", "NET-COAL-D-03", "NET-COAL-D-12")
+def test_driver_is_called_when_enough_frames_have_come_together() -> None:
+    with served(1, PLAIN | BY_DEVICE) as (device, guest):
+        queue = guest.drivers[0].receiveq
+        assert guest.command(COALESCING, 1, coal(8, 60_000_000)) == (OK, b"")
+        queue.called()
+        for _ in range(7):
+            device.port.wire[0].send(NetHeader().pack() + frame(BROADCAST))
+        until(lambda: queue.ring.used.idx == 7)
+        assert not queue.called()
+        device.port.wire[0].send(NetHeader().pack() + frame(BROADCAST))
+        until(queue.called)
+        device.port.wire[0].send(NetHeader().pack() + frame(BROADCAST))
+        until(lambda: queue.ring.used.idx == 9)
+        assert not queue.called()
+        assert guest.command(COALESCING, 1, coal(0, 0)) == (OK, b"")
+        until(queue.called)
+
+
+@row("NET-STAT-D-03", "NET-STAT-D-04", "NET-STAT-D-11", "NET-STAT-D-12")
+def test_statistics_of_checksums_need_checksums() -> None:
+    one = flows(1)[0]
+    with served(1, PLAIN | mask(F.DEVICE_STATS, F.GUEST_CSUM)) as (device, guest):
+        for flags in (0, 1, 1, 2):
+            device.port.wire[0].send(NetHeader(flags=flags, csum_start=34, csum_offset=6).pack() + one)
+            assert guest.drivers[0].receive_within(5).frame[:14] == one[:14]
+        ack, reply = guest.command(STATS, 1, struct.pack("<H6xQ", 0, 2), reply=100)
+        assert (ack, struct.unpack("<BxHxxH4Q", reply)) == (OK, (1, 0, 40, 1, 2, 1, 0))
+        for index, types in ((0, 4), (0, 1 << 16), (1, 1), (0, 1 << 63), (1, 1 << 17), (9, 1)):
+            assert guest.command(STATS, 1, struct.pack("<H6xQ", index, types), reply=100) == (ERR, b"")
+        both = struct.pack("<H6xQH6xQ", 0, 1, 0, 1 << 40)
+        assert guest.command(STATS, 1, both, reply=100) == (ERR, b"")
+
+
+def until(condition) -> None:
+    wait_until(condition, "what a frame or a command brings about")

@@ -201,11 +201,16 @@ class ControlQueue:
         """What vdev/net/control/statistics.py names, of queue ``index``."""
         if index == self._engine.control:
             return {"command_num": self._commands, "ok_num": self._done}
-        flow = self._engine.ring_stats(index)
+        flow, headers = self._engine.ring_stats(index)
         malformed = ("bad_chain", "bad_header", "bad_length")
         return {"notifications": flow.kicks, "packets": flow.frames, "bytes": flow.bytes, "interrupts": flow.calls,
                 "drops": sum(flow.dropped.values()), "drop_overruns": flow.dropped.get("no_buffers", 0),
-                "drop_malformed": sum(flow.dropped.get(reason, 0) for reason in malformed)}
+                "drop_malformed": sum(flow.dropped.get(reason, 0) for reason in malformed),
+                "csum_valid": headers.data_valid, "needs_csum": headers.needs_csum,
+                "csum_none": flow.frames - headers.needs_csum - headers.data_valid,
+                "csum_bad": 0,  # nothing here looks whether a checksum is right
+                "gso_packets": flow.gso_frames, "gso_bytes": headers.gso_bytes,
+                "gso_packets_coalesced": 0, "gso_bytes_coalesced": 0}
 
     def _complain(self, text: str) -> None:
         """Once for each text."""

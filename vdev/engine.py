@@ -20,8 +20,8 @@ from ring.errors import QueueBusy, RingError, SetupError, named
 from ring.guestmem import GuestMemory
 from ring.iotlb import Iotlb
 from ring.journal import Journal
-from ring.pump import Flow, FlowStats, Lane, LaneConfig, LaneEvent, Pump
-from ring.receive_settings import ReceiveSettings
+from ring.pump import Flow, FlowStats, HeaderStats, Lane, LaneConfig, LaneEvent, Pump
+from ring.receive_settings import Coalescing, ReceiveSettings
 from ring.virtqueue import Takeover, VirtQueue
 from vdev.handover import Put, Take
 from vdev.net.control.command import control_queue_index
@@ -216,14 +216,13 @@ class Engine:
             if served.pair not in pairs:
                 served.lane.configure(LaneConfig())
                 continue
-            to_guest, from_guest = self.rings[2 * served.pair], self.rings[2 * served.pair + 1]
             config = LaneConfig(port_header=self.port.carries.header, mtu=self.mtu, watch_kicks=self.watch_kicks,
                                 features=features, member=member)
             ends = self.port.ends(served.pair)
             if served.from_guest:
-                config.from_guest, config.to_port = self._flow(from_guest), ends.to_port
+                config.from_guest, config.to_port = self._flow(2 * served.pair + 1), ends.to_port
             if served.to_guest:
-                config.to_guest, config.from_port = self._flow(to_guest), ends.from_port
+                config.to_guest, config.from_port = self._flow(2 * served.pair), ends.from_port
                 config.door = receiving.index(served.pair) if served.pair in receiving else -1
             served.lane.configure(config)
             if config.from_guest.queue or config.to_guest.queue:
@@ -255,8 +254,10 @@ class Engine:
             with self.paused():
                 self.settings = settings
 
-    def _flow(self, ring: Ring) -> Flow:
-        return Flow(ring.queue, ring.enabled and self._link_up, ring.kick, ring.call, ring.err)
+    def _flow(self, index: int) -> Flow:
+        ring = self.rings[index]
+        coalescing = self.settings.coalescing_of(index) if self.settings is not None else Coalescing()
+        return Flow(ring.queue, ring.enabled and self._link_up, ring.kick, ring.call, ring.err, coalescing)
 
     def _abandon(self) -> None:
         """Leave lanes and rings to the stuck worker for good, and start with fresh ones."""
@@ -387,12 +388,12 @@ class Engine:
             totals = (totals[0] + from_guest, totals[1] + to_guest)
         return totals[0], totals[1].and_lost(self.port.missed())
 
-    def ring_stats(self, index: int) -> FlowStats:
+    def ring_stats(self, index: int) -> tuple[FlowStats, HeaderStats]:
         """Of the receiveq or transmitq ``index``, since the device was made or a worker was lost."""
         pair, from_guest = divmod(index, 2)
         (served,) = [lane for lane in self._lanes
                      if lane.pair == pair and (lane.from_guest if from_guest else lane.to_guest)]
-        return served.lane.stats()[not from_guest]
+        return served.lane.stats()[not from_guest], served.lane.header_stats()[not from_guest]
 
     def guest_macs(self) -> list[bytes]:
         """Addresses, 6 bytes each, that the guest has sent from since the last call. Raises EngineStuck."""

@@ -34,7 +34,7 @@ ALWAYS = FIXED | mask(F.MTU, F.MRG_RXBUF, F.LOG_ALL, F.INDIRECT_DESC, F.EVENT_ID
 # What more each personality has, with one queue pair and with several.
 PERSONALITIES = ("qemu-net", "full")
 _CONTROLLED = (F.CTRL_RX, F.CTRL_RX_EXTRA, F.CTRL_VLAN, F.CTRL_MAC_ADDR, F.GUEST_ANNOUNCE, F.CTRL_GUEST_OFFLOADS, F.MQ,
-               F.RSS, F.HASH_REPORT, F.HASH_TUNNEL, F.DEVICE_STATS)
+               F.RSS, F.HASH_REPORT, F.HASH_TUNNEL, F.NOTF_COAL, F.VQ_NOTF_COAL, F.DEVICE_STATS)
 _ONE_PAIR = {"qemu-net": mask(F.GUEST_ANNOUNCE),
              "full": mask(F.MAC, F.STATUS, F.SPEED_DUPLEX, F.CTRL_VQ, *_CONTROLLED) & ~mask(F.MQ, F.RSS)}
 _SEVERAL_PAIRS = {"qemu-net": mask(F.MQ), "full": mask(F.MQ, F.RSS)}
