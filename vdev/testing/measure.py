@@ -7,7 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 
-from vdev.testing.guest import LinuxGuest
+from vdev.testing.guest import ObedientGuest
 from vdev.testing.netns import Namespace
 
 _ports = itertools.count(5201)
@@ -72,7 +72,7 @@ def round_trips(text: str) -> list[float]:
     return times
 
 
-def ping_from_guest(guest: LinuxGuest, address: str, count: int, interval: float = 0.01,
+def ping_from_guest(guest: ObedientGuest, address: str, count: int, interval: float = 0.01,
                     size: int = 56) -> PingReport:
     """Ping ``address`` from inside the guest."""
     # A line an answer is too much for a serial line: only the numbers, and the summary.
@@ -108,14 +108,14 @@ class TcpReport:
 IPERF_LOG = "/tmp/iperf3.log"  # in the guest
 
 
-def listen(guest: LinuxGuest, server: str, port: int, log: str = "/dev/null") -> None:
+def listen(guest: ObedientGuest, server: str, port: int, log: str = "/dev/null") -> None:
     """Start ``server`` in the guest and wait until it listens on TCP ``port``. Raises GuestError."""
     listening = f":{port:04X} [0-9A-F]+:0000 0A"  # local port, any peer, state TCP_LISTEN
     guest.check(f"{server} >{log} 2>&1 & "
                 f"until grep -Eq '{listening}' /proc/net/tcp /proc/net/tcp6; do sleep 0.02; done")
 
 
-def iperf_server(guest: LinuxGuest) -> int:
+def iperf_server(guest: ObedientGuest) -> int:
     """Start an iperf3 in the guest that serves one client -> its TCP port: another one each time, as the last server
     may not have ended yet."""
     port = next(_ports)
@@ -123,7 +123,7 @@ def iperf_server(guest: LinuxGuest) -> int:
     return port
 
 
-def tcp(guest: LinuxGuest, namespace: Namespace, guest_address: str, *, to_guest: bool, seconds: float = 2,
+def tcp(guest: ObedientGuest, namespace: Namespace, guest_address: str, *, to_guest: bool, seconds: float = 2,
         streams: int = 1) -> TcpReport:
     """TCP between the namespace and the guest for ``seconds``, in one direction. Raises MeasurementError."""
     port = iperf_server(guest)
