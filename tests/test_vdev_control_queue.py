@@ -1,6 +1,7 @@
 """vdev/control_queue.py: a driver's commands, from its ring to their effect on configuration space and frames."""
 
 import contextlib
+import os
 import struct
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from vdev.testing.full_guest import PLAIN, FullGuest
 from vdev.testing.netdriver import NetHeader
 from vdev.testing.served import ServedDevice, WirePort
 from vdev.testing.waiting import wait_until
-from vhost_user.spec import BackendRequest
+from vhost_user.spec import BackendRequest, Direction
 
 row = pytest.mark.row
 
@@ -291,7 +292,7 @@ def test_offloads_that_the_driver_switches_off_are_not_used() -> None:
 @row("NET-ANN-D-01", "NET-ANN-D-02")
 def test_announcement_is_asked_for_until_it_is_acknowledged() -> None:
     with served(1, PLAIN | mask(F.STATUS, F.GUEST_ANNOUNCE)) as (device, guest):
-        device.call(lambda: device.device._connection._backend.config.change(announce=True))
+        device.call(lambda: device.device._connection._backend.control.ask_to_announce())
         assert guest.front_end.backend_channel.receive().request == BackendRequest.CONFIG_CHANGE_MSG
         assert guest.config[6] == 3
         assert guest.command(ANNOUNCE, 0, b"\0") == (ERR, b"")
@@ -432,3 +433,43 @@ def test_statistics_of_checksums_need_checksums() -> None:
 
 def until(condition) -> None:
     wait_until(condition, "what a frame or a command brings about")
+
+
+# ------------------------------------------------------------------------------------------------- migration
+
+
+def saved(guest: FullGuest) -> bytes:
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as file:
+        guest.front_end.set_device_state_fd(Direction.SAVE, write)
+        os.close(write)
+        state = file.read()
+    assert guest.front_end.check_device_state() == 0
+    return state
+
+
+def load(guest: FullGuest, state: bytes) -> None:
+    read, write = os.pipe()
+    guest.front_end.set_device_state_fd(Direction.LOAD, read)
+    os.close(read)
+    os.write(write, state)
+    os.close(write)
+    assert guest.front_end.check_device_state() == 0
+
+
+def test_what_was_set_travels_with_the_guest_which_is_asked_to_announce_itself() -> None:
+    features = FILTERS | mask(F.STATUS, F.GUEST_ANNOUNCE)
+    with ServedDevice(personality="full") as first, FullGuest(first.connect(), features=features) as guest:
+        assert guest.command(MAC, 1, OWN) == (OK, b"")
+        assert guest.command(MAC, 0, table([], [GROUP])) == (OK, b"")
+        guest.drivers[0].transmit(frame(BROADCAST))
+        assert guest.drivers[0].reclaim_all(5)
+        guest.stop()
+        state = saved(guest)
+        with ServedDevice(personality="full") as second:
+            guest.reconnect(second.connect(), lambda: load(guest, state))
+            assert guest.config[:8] == OWN + b"\3\0"
+            assert gets(second, guest, frame(OWN), frame(GROUP), frame(OTHER)) == [frame(OWN), frame(GROUP)]
+            assert not second.lines("settings-unknown")
+            assert guest.command(ANNOUNCE, 0) == (OK, b"")
+            assert guest.config[6] == 1

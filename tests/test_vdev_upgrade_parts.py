@@ -53,7 +53,7 @@ ELSEWHERE = {
               "_abandoned"},  # a device whose worker is stuck has no session
     SessionRings: {"session", "engine", "port", "log", "memory", "postcopy", "dirty", "state", "iommu",
                    "inband", "_own_mtu", "_forget"},  # lent by Backend
-    SessionState: {"_engine", "_port", "_session", "_log", "_transfer"},
+    SessionState: {"_engine", "_port", "_session", "_log", "_transfer", "control"},
     Connection: {"_log", "_transport", "_session"},
     Engine: {"port", "features", "mtu", "watch_kicks",  # as the session's state says
              "abandoned", "patience", "_depth", "_lanes", "report_fd",  # of this process

@@ -59,6 +59,7 @@ class Backend:
         self.control: ControlQueue | None = None
         if self.config is not None:
             self.control = ControlQueue(engine, self.config, reverse, log, lambda: self.rings.report_broken())
+            self.state.control = self.control
         self.rings = SessionRings(session, engine, port, log, memory=self.memory, postcopy=self.postcopy,
                                   dirty=self.dirty, state=self.state, iommu=self.iommu, inband=self.inband,
                                   own_mtu=self.config and self.config.mtu,

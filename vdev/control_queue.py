@@ -78,7 +78,6 @@ class ControlQueue:
         features = self._engine.features
         if features != self._features:
             self._features = features
-            self._before = None
             self._engine.set_settings(initial_settings(features, self._config.space.mac))
         ring = self._ring
         queue, kick = (None, -1) if ring is None else (ring.queue, ring.kick)
@@ -99,6 +98,21 @@ class ControlQueue:
         self._before = self._engine.settings
         self._config.reset()
         self._engine.set_settings(initial_settings(self._engine.features, self._config.space.mac))
+
+    @property
+    def lasting(self) -> ReceiveSettings | None:
+        """What has to hold where the guest goes on."""
+        return self._before or self._engine.settings
+
+    def recall(self, settings: ReceiveSettings) -> None:
+        """The guest comes from elsewhere, where this held."""
+        self._before = settings
+        self._config.update(mac=settings.mac)
+
+    def ask_to_announce(self) -> None:
+        """Have the driver announce its guest to the network, if it can (virtio 1.2, 5.1.6.5.4)."""
+        if self._engine.features & mask(Feature.GUEST_ANNOUNCE):
+            self._config.change(announce=True)
 
     def _resume(self, queue: VirtQueue) -> None:
         """The control queue begins to run."""

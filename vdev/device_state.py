@@ -8,6 +8,7 @@ rest; a key that is merely new is passed over by those that do not know it.
      "mtu": 1500,                            or null: none was set
      "queues": [{"size": 256, "enabled": true}, ...],        by ring index, those that have a size
      "macs": ["52:54:00:12:34:56"],          addresses that the guest sends from
+     "settings": {...},                      or null: what the driver has set by the control queue, where that is ours
      "counters": {"from_guest": {"frames": 12, ..., "dropped": {"no_port": 3}}, "to_guest": {...}},
      "port": {"responder": {...}}}           what the port has learned of the guest, by kind of port
 
@@ -21,12 +22,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ring.receive_settings import ReceiveSettings
+from vdev.net.control import travel
 from vdev.net.features import Feature, mask, names
 from vdev.traffic import COUNTERS, Counts
 from vhost_user.state import Offer, State
 
 VERSION = 1
-BYTES_MAX = 32 * 1024
+BYTES_MAX = 48 * 1024
 _COUNT_MAX = 1 << 64
 _REASONS_MAX = 64
 MACS_MAX = 16  # each is announced at once where the guest comes to
@@ -48,12 +51,15 @@ class DeviceState:
     macs: tuple[bytes, ...]
     counters: Counts
     port: dict[str, Any] = field(default_factory=dict)
+    settings: ReceiveSettings | None = None
 
 
-def of_session(state: State, macs: Iterable[bytes], counters: Counts, port: dict[str, Any]) -> DeviceState:
+def of_session(state: State, macs: Iterable[bytes], counters: Counts, port: dict[str, Any],
+               settings: ReceiveSettings | None = None) -> DeviceState:
     """What ``state`` and what else is known have to say to the device at the other end."""
     queues = tuple((ring.num, ring.enabled) for ring in state.rings if ring.num)
-    return DeviceState(state.features & ~_NOT_THE_GUESTS, state.mtu, queues, tuple(macs)[:MACS_MAX], counters, port)
+    return DeviceState(state.features & ~_NOT_THE_GUESTS, state.mtu, queues, tuple(macs)[:MACS_MAX], counters, port,
+                       settings)
 
 
 def encode(state: DeviceState) -> bytes:
@@ -61,7 +67,8 @@ def encode(state: DeviceState) -> bytes:
     text = json.dumps({
         "vdev-state": VERSION, "features": names(state.features), "mtu": state.mtu,
         "queues": [{"size": size, "enabled": enabled} for size, enabled in state.queues],
-        "macs": [mac.hex(":") for mac in state.macs], "counters": state.counters, "port": state.port})
+        "macs": [mac.hex(":") for mac in state.macs], "counters": state.counters, "port": state.port,
+        "settings": travel.to_json(state.settings)})
     return text.encode()
 
 
@@ -81,7 +88,8 @@ def decode(data: bytes) -> DeviceState:
                          "ends")
     try:
         return DeviceState(_features(found["features"]), _mtu(found["mtu"]), _queues(found["queues"]),
-                           _macs(found["macs"]), _counters(found["counters"]), _object(found["port"]))
+                           _macs(found["macs"]), _counters(found["counters"]), _object(found["port"]),
+                           _settings(found.get("settings")))
     except KeyError as missing:
         raise StateError(f"it lacks {missing}") from None
     except _Malformed as what:
@@ -97,6 +105,10 @@ def check(state: DeviceState, offer: Offer) -> None:
     if len(state.queues) > offer.rings:
         raise StateError(f"the guest has {len(state.queues)} queues, here are {offer.rings}; give this vdev the "
                          "--queue-pairs of the other")
+    pairs = travel.queue_pairs_needed(state.settings) if state.settings is not None else 0
+    if pairs > offer.rings // 2:
+        raise StateError(f"the guest's driver has set {pairs} queue pairs, here are {offer.rings // 2}; give this vdev "
+                         "the --queue-pairs of the other")
     largest = max((size for size, _ in state.queues), default=0)
     if largest > offer.max_queue_size:
         raise StateError(f"a queue of the guest has {largest} entries, more than {offer.max_queue_size}")
@@ -145,6 +157,13 @@ def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _Malformed(json.dumps(value)[:40])
     return value
+
+
+def _settings(value: Any) -> ReceiveSettings | None:
+    try:
+        return travel.from_json(value)
+    except ValueError as error:
+        raise _Malformed(str(error)) from None
 
 
 def _counters(value: Any) -> Counts:

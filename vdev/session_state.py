@@ -6,6 +6,7 @@ vhost-user, "Migrating back-end state". The text is vdev/device_state.py's, the 
 import json
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ring.pump import FlowStats
 from vdev import device_state, traffic
@@ -17,6 +18,9 @@ from vdev.state_transfer import Transfer
 from vhost_user.session import Session
 from vhost_user.spec import Direction
 from vhost_user.state import State
+
+if TYPE_CHECKING:
+    from vdev.control_queue import ControlQueue
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class SessionState:
         self._port = port
         self._session = session
         self._log = log
+        self.control: ControlQueue | None = None  # where it is ours
         self._before: tuple[FlowStats, FlowStats] = engine.stats()
         self._elsewhere: traffic.Counts | None = None  # what went through before the guest came here
         self._transfer: Transfer | None = None
@@ -97,6 +102,8 @@ class SessionState:
         """
         for mac in self._moved:
             self._port.announce(mac)
+        if self._moved and self.control is not None:
+            self.control.ask_to_announce()
         self._moved = ()
 
     @property
@@ -108,7 +115,8 @@ class SessionState:
         if self._elsewhere is not None:
             counts = traffic.added(self._elsewhere, counts)
         self._macs = self._engine.guest_macs() or self._macs
-        return device_state.of_session(state, self._macs, counts, {self._kind: self._port.learned()})
+        return device_state.of_session(state, self._macs, counts, {self._kind: self._port.learned()},
+                                       self.control.lasting if self.control is not None else None)
 
     def _load(self, data: bytes) -> None:
         """Take over what a device elsewhere has saved. Raises StateError, and nothing changed."""
@@ -119,6 +127,8 @@ class SessionState:
                 self._port.recall(loaded.port[self._kind])
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise StateError(f"what its port {self._kind} has learned makes no sense") from None
+        if self.control is not None and loaded.settings is not None:
+            self.control.recall(loaded.settings)
         self._elsewhere = loaded.counters
         self._macs, self._moved = list(loaded.macs), loaded.macs
         self._log.peer(logging.INFO, "state-loaded", "a guest that ran elsewhere comes here; there went through: "

@@ -1,7 +1,7 @@
 """A guest in one process of a device that keeps configuration space and control queue: front-end and driver at once."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from ring.driver import DriverQueue, GuestMemory
@@ -52,12 +52,13 @@ class FullGuest:
         self.front_end.set_features(self.features | mask(Feature.PROTOCOL_FEATURES))
         self._begin()
 
-    def reconnect(self, sock: socket.socket) -> None:
-        """Go on with another back-end, which learns nothing of the one before."""
+    def reconnect(self, sock: socket.socket, first: Callable[[], None] = lambda: None) -> None:
+        """Go on with another back-end, which learns nothing of the one before but what ``first`` tells it."""
         self.front_end.close()
         self.front_end = FrontEnd(sock)
         self.front_end.negotiate(self.features)
         self.front_end.share(shared_regions(self.memory))
+        first()
         self.start()
 
     @property
