@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import socket
 import struct
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -10,6 +12,7 @@ import pytest
 
 from ring.driver import Buffer
 from vdev.net.features import Feature, mask
+from vdev.testing.daemon import Daemon
 from vdev.testing.full_guest import PLAIN, FullGuest
 from vdev.testing.netdriver import NetHeader
 from vdev.testing.served import ServedDevice, WirePort
@@ -352,6 +355,34 @@ def test_driver_that_goes_on_with_another_vdev_gets_everything() -> None:
             guest.reconnect(second.connect())
             assert "not known" in second.wait_for("settings-unknown")
             assert gets(second, guest, frame(OTHER), frame(GROUP)) == [frame(OTHER), frame(GROUP)]
+
+
+@row("NET-CFG-D-05")
+def test_frames_longer_than_the_mtu_do_not_come() -> None:
+    with served(1, PLAIN | mask(F.MTU)) as (device, guest):
+        (mtu,) = struct.unpack_from("<H", guest.config, 10)
+        longest = frame(BROADCAST, bytes(mtu))[:14 + mtu]
+        assert gets(device, guest, longest, longest + b"\0") == [longest]
+
+
+def test_guests_at_a_switch_filter_each_for_itself() -> None:
+    """A device with a control queue may be at a switch, in place of a wire of its own."""
+    with tempfile.TemporaryDirectory(prefix="vdev-") as folder:
+        paths = [f"{folder}/{n}" for n in range(2)]
+        devices = [f"--device=socket={path},port=switch:lan" for path in paths]
+        with Daemon([*devices, "--personality", "full"]), contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in paths]
+            for sock, path in zip(socks, paths, strict=True):
+                sock.connect(path)
+            here, there = (stack.enter_context(FullGuest(sock, features=FILTERS)) for sock in socks)
+            stranger = frame(OTHER[:5] + b"\3")  # a switch knows where OTHER is
+            for one in (stranger, frame(GROUP), frame(there.config[:6]), frame(BROADCAST)):
+                here.drivers[0].transmit(one)
+            assert there.drivers[0].receive_within(5).frame == frame(there.config[:6])
+            assert there.drivers[0].receive_within(5).frame == frame(BROADCAST)
+            assert there.command(RX, 0, b"\1") == (OK, b"")
+            here.drivers[0].transmit(stranger)
+            assert there.drivers[0].receive_within(5).frame == stranger
 
 
 # ----------------------------------------------------------------------------------------------- coalescing

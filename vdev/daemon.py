@@ -235,6 +235,8 @@ class Daemon:
         paths += [path for device in devices for path in device.files]
         try:
             pairs = sum(device.port.carries.queue_pairs for device in devices) + len(self._config.uplinks)
+            # A wire's end at the port, and a control queue.
+            pairs += 2 * sum(config.personality == "full" for config in self._config.devices)
             more = sum(device.memory_files for device in devices) + self._workers.descriptors(pairs)
             needs = [need for device in devices for need in device.needs]
             needs += self._switches.needs if self._switches is not None else []

@@ -36,7 +36,8 @@ PERSONALITIES = ("qemu-net", "full")
 _CONTROLLED = (F.CTRL_RX, F.CTRL_RX_EXTRA, F.CTRL_VLAN, F.CTRL_MAC_ADDR, F.GUEST_ANNOUNCE, F.CTRL_GUEST_OFFLOADS, F.MQ,
                F.RSS, F.HASH_REPORT, F.HASH_TUNNEL, F.NOTF_COAL, F.VQ_NOTF_COAL, F.DEVICE_STATS)
 _ONE_PAIR = {"qemu-net": mask(F.GUEST_ANNOUNCE),
-             "full": mask(F.MAC, F.STATUS, F.SPEED_DUPLEX, F.CTRL_VQ, *_CONTROLLED) & ~mask(F.MQ, F.RSS)}
+             "full": mask(F.MAC, F.STATUS, F.SPEED_DUPLEX, F.GUEST_HDRLEN, F.CTRL_VQ, *_CONTROLLED)
+             & ~mask(F.MQ, F.RSS)}
 _SEVERAL_PAIRS = {"qemu-net": mask(F.MQ), "full": mask(F.MQ, F.RSS)}
 # The control queue is walked by the control thread, which has no translations.
 _NEVER = {"qemu-net": 0, "full": mask(F.ACCESS_PLATFORM)}
