@@ -8,7 +8,7 @@ from vdev.conformance.verdict import Check
 
 FILES = ("status", "features", "messages", "replies", "rings", "bases", "stopped", "memory", "log",
          "split", "split_notify", "packed", "packed_notify", "transmit",
-         "receive", "offloads", "steering", "network", "config", "iommu",
+         "receive", "offloads", "steering", "network", "config", "inband", "iommu",
          "migration")
 
 

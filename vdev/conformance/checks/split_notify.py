@@ -124,7 +124,7 @@ def used_event_puts_off(bench: Bench) -> None:
             expect(silent(session), "a call came before used_event was reached")
 
 
-def sampled(session: Session, look: Callable[[], int], rounds: int = 12) -> set[int]:
+def sampled(session: Session, look: Callable[[], int], rounds: int = 60) -> set[int]:
     """What ``look()`` answers while bursts of 30 frames go through, asked without a pause. Raises Broken."""
     found, queue = set(), session.driver.transmitq
     for _ in range(rounds):
