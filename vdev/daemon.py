@@ -37,7 +37,8 @@ from vdev.sources import Accepting, Connecting, Inherited, Source
 from vdev.workers import Workers, check_cpus
 
 if TYPE_CHECKING:
-    from vdev.switches import Switch, Switches
+    from vdev.ports.switch import Switch
+    from vdev.switches import Switches
 
 # SIGHUP and the user signals ask some daemons to reload or to reopen logs. There is nothing to reload, and a
 # guest's network must not end because a terminal or a log rotation sent one.
