@@ -5,6 +5,8 @@ from collections.abc import Container, Iterator
 
 from vdev.conformance import checks, table
 
+# Rows that no device of ours was seen to break, though some have a fault there: permissions, and what is not offered.
+UNSEEN = {"RSVF-D-02", "RSVF-D-03", "RSVF-D-06", "RSVF-D-09", "RSVF-D-10", "RSVF-D-11", "VQ-SPLIT-D-02"}
 HEADS = ("section", "rows", "with a check", "with a device that breaks it", "cannot be tested", "not yet")
 
 
@@ -18,7 +20,8 @@ def coverage(broken: Container[str]) -> Iterator[str]:
         for row in table.rows().values():
             if table.section(row.id) == name:
                 has = row.id in checks.by_row()
-                counts.update({"rows": 1, "with a check": has, "with a device that breaks it": has and row.id in broken,
+                seen = has and row.id in broken and row.id not in UNSEEN
+                counts.update({"rows": 1, "with a check": has, "with a device that breaks it": seen,
                                "cannot be tested": bool(row.left_out), "not yet": not has and not row.left_out})
         total += counts
         yield _line(name, counts)

@@ -173,4 +173,6 @@ def memory_slots(bench: Bench) -> None:
             session.front_end.add_mem_reg(
                 SharedRegion(region.fd, LOW + 2 * start, region.uva + 2 * start, PAGE, start % region.size),
                 need_reply=False)  # which takes less time; a refusal then ends the connection
+            if number % 16 == 15:
+                session.barrier()
         session.barrier()

@@ -65,7 +65,7 @@ def enabled_and_disabled(bench: Bench) -> None:
 @CHECKS.row("VQ-PACKED-D-26")
 def event_offset(bench: Bench) -> None:
     """With EVENT_IDX says DESC, with the first, the third and the last of five descriptors, in the middle of the ring
-    and over its end: a call comes each time. Nine slots ahead, none does."""
+    and over its end: a call comes each time. Nine slots ahead, and one lap, none does."""
     with bench.session(packed=True, needs=[F.EVENT_IDX], size=16) as session:
         ring = session.driver.transmitq.ring
         for place in (0, 2, 4, 2, 4, 0, 3) * 2:
@@ -77,8 +77,8 @@ def event_offset(bench: Bench) -> None:
             used_quietly(session, 5)
             expect(called(session), f"five descriptors were used, number {place} of them was the one named, and no "
                    "call came")
-        for _ in range(4):
-            at = (ring.next_used + 9) % (2 * ring.size)
+        for ahead in (9, ring.size + 2) * 3:
+            at = (ring.next_used + ahead) % (2 * ring.size)
             ring.driver_event.set(ring.off_wrap(at), EVENT_DESC)
             session.settle()
             session.driver.transmitq.called()
