@@ -159,7 +159,7 @@ def test_link_stays_up_on_pair_0_without_a_guest() -> None:
         assert served.port.told[-2:] == [("enable", 0, True), ("enable", 1, False)]
 
 
-@pytest.mark.parametrize(("personality", "number"), [("qemu-net", 4), ("full", 8)])
+@pytest.mark.parametrize(("personality", "number"), [("qemu-net", 4), ("full", 9)])
 def test_get_queue_num_counts_what_the_front_end_means(personality, number) -> None:
     with ServedDevice(WirePort(4), personality=personality) as served, FrontEnd(served.connect()) as front:
         front.negotiate()

@@ -1,58 +1,24 @@
 """vdev/control_queue.py: a driver's commands, from its ring to their effect on configuration space and frames."""
 
-import contextlib
-import os
-import socket
 import struct
-import tempfile
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from ring.driver import Buffer
 from vdev.net.features import Feature, mask
-from vdev.testing.daemon import Daemon
-from vdev.testing.full_guest import PLAIN, FullGuest
+from vdev.testing.full_guest import BROADCAST, GROUP, OTHER, OWN, PLAIN, FullGuest, frame, gets, served
 from vdev.testing.netdriver import NetHeader
-from vdev.testing.served import ServedDevice, WirePort
+from vdev.testing.served import ServedDevice
 from vdev.testing.waiting import wait_until
-from vhost_user.spec import BackendRequest, Direction
+from vhost_user.spec import BackendRequest
 
 row = pytest.mark.row
 
 F = Feature
-OWN, OTHER = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
-GROUP, BROADCAST = bytes.fromhex("01005e000001"), b"\xff" * 6
-TYPE = b"\x88\xb5"  # IEEE 802: local experiments
 OK, ERR = 0, 1
 RX, MAC, VLAN, ANNOUNCE, MQ, OFFLOADS, STATS = 0, 1, 2, 3, 4, 5, 8
 FILTERS = PLAIN | mask(F.CTRL_RX, F.CTRL_RX_EXTRA, F.CTRL_MAC_ADDR, F.CTRL_VLAN, F.MAC)
-
-
-@contextlib.contextmanager
-def served(queue_pairs: int = 1, features: int = PLAIN) -> Iterator[tuple[ServedDevice, FullGuest]]:
-    with ServedDevice(WirePort(queue_pairs), personality="full") as device, \
-            FullGuest(device.connect(), features=features, queue_pairs=queue_pairs) as guest:
-        yield device, guest
-
-
-def frame(to: bytes, payload: bytes = b"", vlan: int | None = None) -> bytes:
-    tag = b"" if vlan is None else b"\x81\x00" + vlan.to_bytes(2, "big")
-    return (to + OTHER + tag + TYPE + payload).ljust(60, b"\0")
-
-
-def gets(device: ServedDevice, guest: FullGuest, *frames: bytes) -> list[bytes]:
-    """Which of these frames from the network the guest gets: a broadcast behind them shows that there are no more."""
-    last = frame(BROADCAST, b"the last one")
-    for one in (*frames, last):
-        device.port.wire[0].send(NetHeader().pack() + one)
-    found = []
-    while (received := guest.drivers[0].receive_within(5)) is not None:
-        if received.frame == last:
-            return found
-        found.append(received.frame)
-    raise AssertionError("the last frame did not come")
 
 
 # --------------------------------------------------------------------------------------------- the queue itself
@@ -323,68 +289,6 @@ def test_statistics() -> None:
         assert [b - a for a, b in zip(first[3:], second[3:], strict=True)] == [1, 1]
 
 
-# ----------------------------------------------------------------------------------------- reset and going on
-
-
-@row("NET-MAC-D-01", "NET-MQ-D-06")
-def test_reset_forgets_what_the_driver_has_set() -> None:
-    with served(1, FILTERS) as (device, guest):
-        before = guest.config
-        assert guest.command(MAC, 1, OWN) == (OK, b"")
-        assert guest.command(RX, 0, b"\1") == (OK, b"")
-        guest.reset()
-        assert guest.config == before
-        assert gets(device, guest, frame(OWN), frame(before[:6])) == [frame(before[:6])]
-
-
-def test_guest_that_was_only_paused_keeps_what_it_has_set() -> None:
-    with served(1, FILTERS) as (device, guest):
-        assert guest.command(MAC, 1, OWN) == (OK, b"")
-        guest.stop()
-        guest.front_end.set_features(guest.features | mask(F.PROTOCOL_FEATURES))
-        assert guest.config[:6] != OWN
-        guest.start()
-        assert guest.config[:6] == OWN
-        assert gets(device, guest, frame(OWN), frame(OTHER)) == [frame(OWN)]
-
-
-def test_driver_that_goes_on_with_another_vdev_gets_everything() -> None:
-    with ServedDevice(personality="full") as first, FullGuest(first.connect(), features=FILTERS) as guest:
-        assert guest.command(MAC, 1, OWN) == (OK, b"")
-        with ServedDevice(personality="full") as second:
-            guest.reconnect(second.connect())
-            assert "not known" in second.wait_for("settings-unknown")
-            assert gets(second, guest, frame(OTHER), frame(GROUP)) == [frame(OTHER), frame(GROUP)]
-
-
-@row("NET-CFG-D-05")
-def test_frames_longer_than_the_mtu_do_not_come() -> None:
-    with served(1, PLAIN | mask(F.MTU)) as (device, guest):
-        (mtu,) = struct.unpack_from("<H", guest.config, 10)
-        longest = frame(BROADCAST, bytes(mtu))[:14 + mtu]
-        assert gets(device, guest, longest, longest + b"\0") == [longest]
-
-
-def test_guests_at_a_switch_filter_each_for_itself() -> None:
-    """A device with a control queue may be at a switch, in place of a wire of its own."""
-    with tempfile.TemporaryDirectory(prefix="vdev-") as folder:
-        paths = [f"{folder}/{n}" for n in range(2)]
-        devices = [f"--device=socket={path},port=switch:lan" for path in paths]
-        with Daemon([*devices, "--personality", "full"]), contextlib.ExitStack() as stack:
-            socks = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in paths]
-            for sock, path in zip(socks, paths, strict=True):
-                sock.connect(path)
-            here, there = (stack.enter_context(FullGuest(sock, features=FILTERS)) for sock in socks)
-            stranger = frame(OTHER[:5] + b"\3")  # a switch knows where OTHER is
-            for one in (stranger, frame(GROUP), frame(there.config[:6]), frame(BROADCAST)):
-                here.drivers[0].transmit(one)
-            assert there.drivers[0].receive_within(5).frame == frame(there.config[:6])
-            assert there.drivers[0].receive_within(5).frame == frame(BROADCAST)
-            assert there.command(RX, 0, b"\1") == (OK, b"")
-            here.drivers[0].transmit(stranger)
-            assert there.drivers[0].receive_within(5).frame == stranger
-
-
 # ----------------------------------------------------------------------------------------------- coalescing
 
 COALESCING = 6
@@ -464,43 +368,3 @@ def test_statistics_of_checksums_need_checksums() -> None:
 
 def until(condition) -> None:
     wait_until(condition, "what a frame or a command brings about")
-
-
-# ------------------------------------------------------------------------------------------------- migration
-
-
-def saved(guest: FullGuest) -> bytes:
-    read, write = os.pipe()
-    with os.fdopen(read, "rb") as file:
-        guest.front_end.set_device_state_fd(Direction.SAVE, write)
-        os.close(write)
-        state = file.read()
-    assert guest.front_end.check_device_state() == 0
-    return state
-
-
-def load(guest: FullGuest, state: bytes) -> None:
-    read, write = os.pipe()
-    guest.front_end.set_device_state_fd(Direction.LOAD, read)
-    os.close(read)
-    os.write(write, state)
-    os.close(write)
-    assert guest.front_end.check_device_state() == 0
-
-
-def test_what_was_set_travels_with_the_guest_which_is_asked_to_announce_itself() -> None:
-    features = FILTERS | mask(F.STATUS, F.GUEST_ANNOUNCE)
-    with ServedDevice(personality="full") as first, FullGuest(first.connect(), features=features) as guest:
-        assert guest.command(MAC, 1, OWN) == (OK, b"")
-        assert guest.command(MAC, 0, table([], [GROUP])) == (OK, b"")
-        guest.drivers[0].transmit(frame(BROADCAST))
-        assert guest.drivers[0].reclaim_all(5)
-        guest.stop()
-        state = saved(guest)
-        with ServedDevice(personality="full") as second:
-            guest.reconnect(second.connect(), lambda: load(guest, state))
-            assert guest.config[:8] == OWN + b"\3\0"
-            assert gets(second, guest, frame(OWN), frame(GROUP), frame(OTHER)) == [frame(OWN), frame(GROUP)]
-            assert not second.lines("settings-unknown")
-            assert guest.command(ANNOUNCE, 0) == (OK, b"")
-            assert guest.config[6] == 1

@@ -63,7 +63,7 @@ class Backend:
         self.rings = SessionRings(session, engine, port, log, memory=self.memory, postcopy=self.postcopy,
                                   dirty=self.dirty, state=self.state, iommu=self.iommu, inband=self.inband,
                                   own_mtu=self.config and self.config.mtu,
-                                  **({"forget": self.control.forget} if self.control is not None else {}))
+                                  forget=self.control and self.control.forget)
         self._last_rarp = 0.0
         self._abandoned = engine.abandoned
 

@@ -60,7 +60,7 @@ class SessionRings:
     def __init__(self, session: Session, engine: Engine, port: Port, log: EventLog, *, memory: SessionMemory,
                  postcopy: SessionPostcopy, dirty: SessionLog, state: SessionState, iommu: Iommu,
                  inband: InBand, own_mtu: int | None = None,
-                 forget: Callable[[int], None] = lambda _fd: None) -> None:
+                 forget: Callable[[int], None] | None = None) -> None:
         self.session = session
         self.engine = engine
         self.port = port
@@ -144,7 +144,8 @@ class SessionRings:
             raise
         for fd in forgotten:
             self.inband.forget(fd)
-            self._forget(fd)
+            if self._forget is not None:
+                self._forget(fd)
             os.close(fd)
         self.dirty.report(state)
         if not features:

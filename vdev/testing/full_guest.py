@@ -1,19 +1,24 @@
 """A guest in one process of a device that keeps configuration space and control queue: front-end and driver at once."""
 
+import contextlib
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from ring.driver import DriverQueue, GuestMemory
 from vdev.net.config_space import SIZE
 from vdev.net.control.command import control_queue_index
 from vdev.net.features import Feature, mask
-from vdev.testing.netdriver import NetDriver
+from vdev.testing.netdriver import NetDriver, NetHeader
 from vdev.testing.scripted import ring_setup, shared_regions
+from vdev.testing.served import ServedDevice, WirePort
 from vhost_user.frontend import FrontEnd
 from vhost_user.spec import Status
 
 PLAIN = mask(Feature.VERSION_1, Feature.MRG_RXBUF, Feature.CTRL_VQ)
+OWN, OTHER = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
+GROUP, BROADCAST = bytes.fromhex("01005e000001"), b"\xff" * 6
+TYPE = b"\x88\xb5"  # IEEE 802: local experiments
 _RUNNING = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
 
 
@@ -119,3 +124,30 @@ class FullGuest:
 
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def served(queue_pairs: int = 1, features: int = PLAIN) -> Iterator[tuple[ServedDevice, FullGuest]]:
+    """A device with so many queue pairs, and a guest of it."""
+    with ServedDevice(WirePort(queue_pairs), personality="full") as device, \
+            FullGuest(device.connect(), features=features, queue_pairs=queue_pairs) as guest:
+        yield device, guest
+
+
+def frame(to: bytes, payload: bytes = b"", vlan: int | None = None) -> bytes:
+    """A frame from OTHER, 60 bytes or more. vlan: with a tag."""
+    tag = b"" if vlan is None else b"\x81\x00" + vlan.to_bytes(2, "big")
+    return (to + OTHER + tag + TYPE + payload).ljust(60, b"\0")
+
+
+def gets(device: ServedDevice, guest: FullGuest, *frames: bytes) -> list[bytes]:
+    """Which of these frames from the network the guest gets: a broadcast behind them shows that there are no more."""
+    last = frame(BROADCAST, b"the last one")
+    for one in (*frames, last):
+        device.port.wire[0].send(NetHeader().pack() + one)
+    found = []
+    while (received := guest.drivers[0].receive_within(5)) is not None:
+        if received.frame == last:
+            return found
+        found.append(received.frame)
+    raise AssertionError("the last frame did not come")
