@@ -189,8 +189,8 @@ def tunnels() -> list[tuple[Packet, TunnelType, bool]]:
 
 
 @pytest.mark.parametrize("number", range(len(tunnels())))
-def test_NET_HASH_D_11_the_inner_header_is_hashed_of_a_type_that_is_on(number):
-    """And the outer one of any that is off (NET-HASH-D-10)."""
+def test_NET_HASH_D_10_NET_HASH_D_11_the_inner_header_is_hashed_of_a_type_that_is_on(number):
+    """And the outer one of any that is off."""
     outer, matches, inside = tunnels()[number]
     inner = {4: packets()["tcp4"], 6: packets()["udp6"], 0: ether() / Dot1Q(vlan=3) / packets()["tcp6"]}[inside]
     frame = bytes(ether() / outer / Raw(bytes(inner)))
