@@ -62,7 +62,7 @@ struct member {
     struct fabric *fabric;
     uint32_t number;
     uint32_t spread; /* atomic: doors that flows are spread over; 0: down */
-    bool uplink;
+    bool uplink;     /* atomic */
     struct receiver *receiver; /* atomic: what its driver has set; NULL: nothing */
     uint32_t users;            /* atomic: senders that are looking at that, or have what it lets in in hand */
     uint64_t unwanted;         /* atomic: frames that it refuses */

@@ -11,7 +11,8 @@
  *            Bytes go once, from the sender's buffers to the receiver's. One publication and at most one call a door.
  *   settle   (forward.inl) the chains go back to the sender, used, with one publication.
  *
- * Whoever sends does all the work: the receiver's worker has no part in it.
+ * Whoever sends does all the work: the receiver's worker has no part in it, but for calls that its driver has had put
+ * off (coalesce.c). What a driver has set about the frames it receives is done between the first two steps (receive.c).
  *
  * Doors. A receiveq is then filled by the workers of others, one at a time: whoever gets its door. A sender that
  * finds it taken looks again for a bounded time, then its frames for this receiver are lost as `busy`; nobody ever
@@ -243,11 +244,12 @@ static bool deliver_to(struct member *m, const struct lane *from, uint64_t frame
 {
     const struct frame *all = from->batch->frames;
     uint32_t doors = __atomic_load_n(&m->spread, __ATOMIC_RELAXED);
+    bool shared = __atomic_load_n(&m->uplink, __ATOMIC_RELAXED);
 
     if (unlikely(__atomic_load_n(&m->receiver, __ATOMIC_RELAXED)))
         return receive_deliver(m, from, frames);
     if (doors <= 1) /* down by now: the door is closed, and counts */
-        return fabric_through(&m->doors[0], from, frames, m->uplink);
+        return fabric_through(&m->doors[0], from, frames, shared);
     while (frames) {
         uint32_t door = all[__builtin_ctzll(frames)].flow % doors;
         uint64_t mine = 0;
@@ -257,7 +259,7 @@ static bool deliver_to(struct member *m, const struct lane *from, uint64_t frame
                 mine |= 1ull << i;
         }
         frames &= ~mine;
-        if (!fabric_through(&m->doors[door], from, mine, m->uplink))
+        if (!fabric_through(&m->doors[door], from, mine, shared))
             return false;
     }
     return true;
@@ -318,7 +320,7 @@ struct member *fabric_join(struct fabric *f, int uplink)
     f->taken |= 1ull << number;
     m->fabric = f;
     m->number = number;
-    m->uplink = uplink;
+    __atomic_store_n(&m->uplink, uplink != 0, __ATOMIC_RELAXED); /* a sender may still look at who was here before */
     return m;
 }
 

@@ -24,6 +24,7 @@
 #define MAC 6
 #define TAGGED (ETHERNET_HEADER + 2) /* bytes up to the end of the tag's id */
 #define PAUSE_NS 50000
+#define FORGET_MS 1000
 #define PAUSES_A_MS (1000000 / PAUSE_NS)
 
 /* ------------------------------------------------------------------------------------------ filter */
@@ -123,8 +124,7 @@ int member_receive(struct member *m, const struct receive_settings *s, int timeo
 
 void receive_forget(struct member *m)
 {
-    free(m->receiver);
-    m->receiver = NULL;
+    member_receive(m, NULL, FORGET_MS); /* a sender may have been looking since before it was down */
     m->unwanted = 0;
 }
 

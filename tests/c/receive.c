@@ -173,6 +173,44 @@ static void settings_under_traffic(uint64_t ring)
 }
 EACH_FORMAT(settings_under_traffic)
 
+/* A member with settings leaves the switch and another one comes, while somebody sends: what the sender is looking at
+ * stays until it has done so. */
+static void comes_and_goes(uint64_t ring)
+{
+    struct fabric *f = fabric_new(3);
+    struct station s[2];
+    struct receive_settings all = {.hash_types = 0x1ff, .tunnel_types = 0x1ff, .rss = 1};
+    struct lane_stats stats;
+
+    for (int i = 0; i < 2; i++)
+        station_init(&s[i], f);
+    source(&s[0], ring, 1, FRAMES);
+    sink(&s[1], ring, 1);
+    CHECK_EQ(member_receive(s[1].member, &all, 1000), RING_OK);
+    for (int i = 1; i >= 0; i--)
+        station_attach(&s[i]);
+    CHECK_EQ(driver_start(s[1].sink), 0);
+    CHECK_EQ(driver_start(s[0].source), 0);
+    while (!driver_wait(s[0].source, 0)) {
+        station_detach(&s[1]);
+        fabric_leave(s[1].member);
+        s[1].member = s[1].config.member = fabric_join(f, 0);
+        CHECK_EQ(member_receive(s[1].member, &all, 1000), RING_OK);
+        station_attach(&s[1]);
+        usleep(100);
+    }
+    station_detach(&s[0]);
+    station_detach(&s[1]);
+    lane_stats_get(s[1].lane, &stats);
+    CHECK(stats.to_guest.frames > 0);
+    no_errors(s[0].source);
+    no_errors(s[1].sink);
+    station_end(&s[0]);
+    station_end(&s[1]);
+    fabric_free(f);
+}
+EACH_FORMAT(comes_and_goes)
+
 /* Both drivers sleep until they are called, and both want few calls: nothing stands still, and the receiver, whose ring
  * others fill, gets fewer calls than frames. Lanes come and go meanwhile. */
 static void coalesced(uint64_t ring)
