@@ -191,6 +191,27 @@ class GuestMemory:
                 return *mapping.identity, mapping.offset + uva - mapping.uva
         raise ValueError(f"{uva:#x} is in no region")
 
+    def read(self, address: int, length: int, *, uva: bool = False) -> bytes:
+        """A copy of ``length`` bytes at a gpa, or with ``uva`` at the front-end's address. Raises ValueError where some
+        of them are in no region, MemoryGone."""
+        pieces = ffi.new("struct piece[]", len(self.mappings))
+        count, left = 0, length
+        while left:
+            for mapping in self.mappings:
+                offset = address - (mapping.uva if uva else mapping.gpa)
+                if 0 <= offset < mapping.size:
+                    break
+            else:
+                raise ValueError(f"{address:#x} is in no region")
+            part = min(left, mapping.size - offset)
+            pieces[count].base, pieces[count].len = mapping._hva + offset, part
+            count, left, address = count + 1, left - part, address + part
+        data = ffi.new("uint8_t[]", max(length, 1))
+        done = lib.pieces_read(pieces, count, 0, data, length)
+        if done < 0:
+            raise error(done)
+        return bytes(ffi.buffer(data, done))
+
     def uva_of(self, hva) -> int:
         """What the front-end calls our address ``hva``. Raises ValueError for one outside all mappings."""
         at = int(ffi.cast("uintptr_t", hva))

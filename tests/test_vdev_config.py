@@ -160,11 +160,12 @@ def test_all_mistakes_are_listed_with_their_place(file):
     assert found == [
         f"{place}log-format yaml: must be one of text, json",
         f"{place}nonsense: unknown key; known: one-off, sandbox, log-format, log-level, upgrade-path, workers, "
-        "cpus, poll-us, uplink, client, socket-group, socket-mode, queue-pairs, features, personality, speed, postcopy",
+        "cpus, poll-us, uplink, client, socket-group, socket-mode, queue-pairs, features, personality, speed, postcopy, "
+        "lint",
         "--ready-fd x: must be a number from 0 to 1048575",
         f"{place}device 1: queue-pairs 0: must be a number from 1 to {QUEUE_PAIRS_MAX}",
         f"{place}device 1: prot: unknown key; known: name, socket, fd, client, socket-group, socket-mode, port, "
-        "queue-pairs, features, personality, mac, speed, postcopy",
+        "queue-pairs, features, personality, mac, speed, postcopy, lint",
         f"{place}device 1: features ['mrg_rxbuf']: 'mrg_rxbuf' needs a sign: +mrg_rxbuf to offer it, -mrg_rxbuf "
         "not to",
         f"{place}device 2: two sockets, of which only one can be: give socket=PATH or fd=N",
@@ -236,7 +237,7 @@ def test_device_table_written_otherwise(file, text):
     (["--device", "socket=/a,socket=/b"], "--device socket=/a,socket=/b: socket= is given twice; give it once"),
     (["--device", "socket=/a,color=red"],
      "--device socket=/a,color=red: color: unknown key; known: name, socket, fd, client, socket-group, "
-     "socket-mode, port, queue-pairs, features, personality, mac, speed, postcopy"),
+     "socket-mode, port, queue-pairs, features, personality, mac, speed, postcopy, lint"),
     (["--device", "port=null:"], "--device port=null:: no socket: give socket=PATH or fd=N"),
     (["--device", "socket=/a,client=maybe"],
      "--device socket=/a,client=maybe: client maybe: must be on or off (true or false in a file)"),

@@ -33,6 +33,7 @@ from vdev.ports.spec import PortSpec, SwitchSpec, TapSpec, parse_port, switch_na
 # SET_VRING_KICK and its kin carry the ring's index in 8 bits (vhost-user, "VHOST_USER_SET_VRING_KICK")
 QUEUE_PAIRS_MAX = 128
 
+LINTS = ("off", "on", "strict")
 SPREADS = ("device", "pair", "direction")  # one worker each
 WORKERS_MAX = 64
 CPU_MAX = 8191  # Linux has no more
@@ -52,6 +53,7 @@ class DeviceConfig:
     mac, speed: what the configuration space says, where it is ours: 6 bytes, None for one made from the socket's path;
     Mbit/s.
     postcopy: guests may arrive by postcopy; see vdev/postcopy.py for what that gives the front-end.
+    lint: one of LINTS; strict ends a session whose driver breaks a MUST.
     """
 
     name: str
@@ -67,6 +69,7 @@ class DeviceConfig:
     mac: bytes | None = None
     speed: int = 10_000
     postcopy: bool = False
+    lint: str = "off"
 
     def __str__(self) -> str:
         """The socket as the ``ready`` line gives it."""
@@ -149,6 +152,12 @@ def _flag(value: Any) -> bool:
     return value
 
 
+def _lint(value: Any) -> str:
+    if isinstance(value, bool):
+        return LINTS[value]
+    return _choice(*LINTS)(value)
+
+
 def _choice(*known: str) -> Callable[[Any], str]:
     def convert(value: Any) -> str:
         if value not in known:
@@ -229,10 +238,11 @@ DEVICE_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "mac": ("mac", lambda value: parse_mac(_text(value))),
     "speed": ("speed", _integer(0, SPEED_MAX)),
     "postcopy": ("postcopy", _flag),
+    "lint": ("lint", _lint),
 }
 # those that may also be given once for all devices
 SHARED_KEYS = ("client", "socket-group", "socket-mode", "queue-pairs", "features", "personality", "speed",
-               "postcopy")
+               "postcopy", "lint")
 
 PROCESS_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "one-off": ("one_off", _flag),
@@ -351,6 +361,7 @@ def build(process: dict[str, Any], shared: dict[str, Any], single: dict[str, Any
     _check_together(reader, found, settings)
     _check_switches(reader, found, settings)
     _check_personality(reader, found, settings)
+    _check_lint(reader, found, settings)
     if reader.errors:
         raise Misuse(*reader.errors)
     return DaemonConfig(devices=tuple(found), **settings)
@@ -432,3 +443,15 @@ def _check_switches(reader: _Reader, devices: list[DeviceConfig], settings: dict
     elif not {uplink.switch for uplink in uplinks} <= (names := {device.port.name for device in at_switches}):
         reader.errors += [f"--uplink {uplink.switch}={uplink.port}: no device is at that switch; give one --port "
                           f"switch:{uplink.switch}" for uplink in uplinks if uplink.switch not in names]
+
+
+def _check_lint(reader: _Reader, devices: list[DeviceConfig], settings: dict[str, Any]) -> None:
+    """What does not go with a linter, which serves its device in the control thread."""
+    linted = [device for device in devices if device.lint != "off"]
+    reader.errors += [f"{device.name}: lint does not go with {device.port}: a linted device is served by itself; give "
+                      "it another port" for device in linted if isinstance(device.port, SwitchSpec)]
+    reader.errors += [f"{device.name}: lint does not go with postcopy: who looks at the rings would wait for pages "
+                      "that only it can ask for; leave one of the two out" for device in linted if device.postcopy]
+    if linted and {"upgrade_path", "upgrade_from"} & settings.keys():
+        reader.errors.append("--lint does not go with --upgrade-path and --upgrade-from: what was found so far cannot "
+                             "be handed over; leave one of the two out")

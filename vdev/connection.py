@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ring.errors import MemoryGone
 from ring.pump import LaneEvent
@@ -24,6 +25,9 @@ from vhost_user.session import Session
 from vhost_user.spec import Request
 from vhost_user.state import Notifier, Offer, Postcopy, State
 from vhost_user.transport import Transport
+
+if TYPE_CHECKING:
+    from vdev.lint.linter import Linter
 
 # A ring asked for its base while others run is started again, but not before the front-end had time to stop
 # the others too: then it was a real stop. A kick tells that the driver goes on, so that little time is enough;
@@ -54,9 +58,10 @@ class Connection:
     """A session in progress. All methods but close, export and let_go raise PeerError when it is over."""
 
     def __init__(self, sock: socket.socket, backend_of, offer: Callable[[int], Offer], log, state: State | None = None,
-                 opening: int = Request.GET_FEATURES):
+                 opening: int = Request.GET_FEATURES, linter: "Linter | None" = None):
         """offer: what to offer a front-end whose first message is the request with this number. state: what was agreed
         on so far, over a connection that another process had, which was offered as to ``opening``; see :meth:`adopt`.
+        linter: what looks at the messages, too.
         """
         self._transport = Transport(sock)
         self._session = Session(offer(opening), state)
@@ -65,6 +70,7 @@ class Connection:
         self._log = log
         self._resume_at: float | None = None
         self._port_retry_at: float | None = None
+        self._linter = linter
 
     def fileno(self) -> int:
         """The socket, to be watched for reading."""
@@ -74,7 +80,8 @@ class Connection:
     def deadline(self) -> float | None:
         """When :meth:`on_deadline` is due (``time.monotonic``); None: nothing is pending."""
         pending = [when for when in (self._transport.deadline, self._resume_at, self._port_retry_at,
-                                     self._backend.state.deadline, self._backend.commands_due) if when is not None]
+                                     self._backend.state.deadline, self._backend.commands_due,
+                                     self._linter and self._linter.deadline) if when is not None]
         return min(pending, default=None)
 
     def on_readable(self) -> None:
@@ -99,6 +106,12 @@ class Connection:
         if self._offer is not None:
             self._session.offer_instead(self._offer(message.request))
             self._offer = None
+        if self._linter is not None:
+            try:
+                self._linter.message(self._session, message)
+            except Close:
+                message.fds.close()
+                raise
         try:
             request = self._session.accept(message)
             try:
@@ -121,6 +134,8 @@ class Connection:
         """Something is due: half a message, a parked ring, a lost port, the device's state."""
         self._transport.expire()
         self._backend.state.advance()
+        if self._linter is not None:
+            self._linter.on_deadline()
         now = time.monotonic()
         due = self._backend.commands_due
         if due is not None and now >= due:
@@ -209,3 +224,5 @@ class Connection:
             self._backend.close()
         finally:
             self._transport.close()
+            if self._linter is not None:
+                self._linter.session_over()

@@ -126,6 +126,8 @@ class Daemon:
             # A second signal could only disturb an end that is under way.
             signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
             self._tell_manager("STOPPING=1")
+            if self._config.one_off and any(service.failed for service in services):
+                raise Failure("a session was ended for a rule that its driver broke (--lint=strict)")
 
     def _take_signals(self) -> None:
         for number in IGNORED:

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ring.guestmem import DEFAULT_POLICY, Policy
 from ring.journal import Journal, JournalError
@@ -16,7 +17,7 @@ from vdev.engine import Engine, EnginePart
 from vdev.handover import HandoverError, Put, Take
 from vdev.logs import EventLog
 from vdev.net.config_space import ConfigSpace
-from vdev.net.features import names
+from vdev.net.features import Feature, mask, names
 from vdev.net.mac import mac_of
 from vdev.net.offer import Audience, protocol_features, virtio_features
 from vdev.ports import adopt_port
@@ -27,6 +28,9 @@ from vdev.workers import Workers
 from vhost_user.session import Session
 from vhost_user.spec import Request
 from vhost_user.state import Offer
+
+if TYPE_CHECKING:
+    from vdev.lint.linter import Linter
 
 # As many as QEMU asks for; the answer may never shrink, or a front-end that reconnects refuses us.
 MEM_SLOTS = 509
@@ -56,7 +60,9 @@ class Device:
         self.config = config
         self._log = log
         self._policy = policy
-        self.engine = Engine(port, config.queue_pairs, journal, workers, control_queue=self._is_full)
+        self.linter = _linter(config, log)
+        self.engine = Engine(port, config.queue_pairs, journal, self.linter.turns if self.linter else workers,
+                             control_queue=self._is_full)
         self._reverse = ReverseChannel(log)
         self._link_up = True
         self._connection: Connection | None = None
@@ -73,9 +79,16 @@ class Device:
         pairs = self.config.queue_pairs
         audience = Audience(self.config.personality, owner_first=opening == Request.SET_OWNER)
         removed = self.config.features.remove | audience.withheld
+        if self.linter is not None:
+            removed |= mask(Feature.ACCESS_PLATFORM)  # the step engine asks nobody for translations
         features = virtio_features(self.port.carries, pairs, removed, audience.personality)
         return Offer(features, protocol_features(features, audience, self._arrivals is not None),
                      rings=len(self.engine.rings), queue_num=audience.queue_num(pairs), max_mem_slots=MEM_SLOTS)
+
+    @property
+    def failed(self) -> bool:
+        """A session was ended because its driver broke a rule (--lint=strict)."""
+        return self.linter is not None and self.linter.failed
 
     @property
     def needs(self) -> list[Needs]:
@@ -93,7 +106,7 @@ class Device:
 
     def open_session(self, sock: socket.socket) -> Connection:
         """Serve the front-end at the other end of ``sock``, the only one now."""
-        self._connection = Connection(sock, self._backend_of, self.offer, self._log)
+        self._connection = Connection(sock, self._backend_of, self.offer, self._log, linter=self.linter)
         return self._connection
 
     def _backend_of(self, session: Session) -> Backend:
@@ -122,6 +135,8 @@ class Device:
     def watches(self) -> list[tuple[int, Callable[[], None]]]:
         """(descriptor, callback when it is readable) pairs; a callback raises PeerError to end the session."""
         own = [(self.engine.report_fd, self._on_news), (self._reverse.watch_fd, self._on_answers)]
+        if self.linter is not None:
+            own.append((self.linter.turns.fileno(), self.linter.turn))
         return [*own, *self.port.watches()]
 
     def _on_answers(self) -> None:
@@ -193,10 +208,20 @@ class Device:
     def close(self) -> None:
         """Release engine and port; no session may be left."""
         self.engine.close()
+        if self.linter is not None:
+            self.linter.close()
         self._reverse.close()
         self.port.close()
         if self._arrivals is not None:
             self._arrivals.close()
+
+
+def _linter(config: DeviceConfig, log: EventLog) -> "Linter | None":
+    if config.lint == "off":
+        return None
+    from vdev.lint.linter import Linter
+
+    return Linter(log, strict=config.lint == "strict")
 
 
 def _less(offered: Offer, before: Offer) -> str:

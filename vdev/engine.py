@@ -135,7 +135,7 @@ class Engine:
     def _new_lanes(self) -> list[_Served]:
         ways = ((False, True), (True, False)) if self._pool.splits else ((True, True),)
         places = [(pair, *way) for pair in range(self.queue_pairs) for way in ways]
-        return [_Served(*place, worker, Lane(self.report_fd))
+        return [_Served(*place, worker, self._pool.lane(self.report_fd))
                 for place, worker in zip(places, self._workers, strict=True)]
 
     def start_workers(self) -> None:

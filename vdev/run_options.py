@@ -63,6 +63,9 @@ def parser(prog: str, verbs: str = "") -> Parser:
            help="with --personality full: what the guest takes for the link's speed, in Mbit/s (default: 10000)")
     device("--postcopy", action="store_const", const=True,
            help="let guests arrive by postcopy migration; the front-end must be trusted as vdev itself")
+    device("--lint", nargs="?", const="on", metavar="strict",
+           help="name each rule of the specification that the guest's driver breaks; strict: end the session at the "
+                "first MUST. Slow")
     device("--client", action="store_const", const=True,
            help="connect to PATH, where the front-end listens, and try again for ever")
     device("--socket-group", metavar="GROUP",

@@ -69,6 +69,7 @@ class Device(Protocol):
     files: list[str]  # to be removed when it is closed
     needs: list[Needs]
     memory_files: int
+    failed: bool  # a session was ended for what its driver did (--lint=strict)
 
     def start_workers(self) -> None: ...
 
@@ -145,6 +146,11 @@ class Service:
     def counters(self) -> traffic.Reading | None:
         """The device's counters at the start of the session; None without one."""
         return self._session.counters if self._session is not None else None
+
+    @property
+    def failed(self) -> bool:
+        """A session was ended because its driver broke a rule (--lint=strict)."""
+        return self._device.failed
 
     def export(self, put: Put) -> SessionPart | None:
         """What another process needs to go on with the session, beside its connection; None without one."""

@@ -91,6 +91,10 @@ class StepLane:
 
     close = detach
 
+    def fileno(self) -> int:
+        """Readable when there may be something to do, for whoever waits for several lanes; attached ones only."""
+        return self._epoll.fileno()
+
     # -------------------------------------------------------------------------------------- stepping
 
     def step(self) -> Step | None:
@@ -203,6 +207,20 @@ class StepLane:
     def stats(self) -> tuple[FlowStats, FlowStats]:
         """(from_guest, to_guest)."""
         return self._from_guest.counts.stats(), self._to_guest.counts.stats()
+
+    @property
+    def has_events(self) -> bool:
+        """Has :meth:`events` something to tell?"""
+        return bool(self._shared.events)
+
+    @property
+    def held(self) -> bytes:
+        """As ring.pump.Lane.held: the frame that waits for buffers of the guest, behind its net header."""
+        return self._to_guest.held
+
+    def guest_mac(self) -> bytes | None:
+        """As ring.pump.Lane.guest_mac; addresses are not learnt here."""
+        return None
 
     def events(self) -> LaneEvent:
         """What happened since the last call."""

@@ -80,6 +80,11 @@ class ToGuest(Direction):
         self._room = bytearray(lib.FRAME_ROOM)
 
     @property
+    def held(self) -> bytes:
+        """The frame that waits for buffers, behind its net header; empty: none."""
+        return b"" if self._held is None else bytes(self._held[0]) + self._held[1]
+
+    @property
     def _mergeable(self) -> bool:
         return bool(self.lane.config.features >> Feature.MRG_RXBUF & 1)
 

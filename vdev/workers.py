@@ -147,6 +147,13 @@ class Workers:
         """Another worker, which serves whoever joins it."""
         return Worker(next(self._places), self._poll_us)
 
+    @staticmethod
+    def lane(report: int) -> "Lane":
+        """A lane that they can serve; see ring.pump.Lane."""
+        from ring.pump import Lane
+
+        return Lane(report)
+
     def of_device(self, lanes: int) -> list[Worker]:
         """Who serves the lanes of one more device, in order; a queue pair is one lane, or two where :attr:`splits`."""
         if self._shared is not None:

@@ -233,11 +233,14 @@ class SteppedDevice(WiredDevice):
     the driver kicks or waits, a frame is sent to it, or it is asked for anything."""
 
     def __init__(self, driver: NetDriver, **options: object) -> None:
-        self.lane = StepLane()
+        self.lane = self._new_lane()
         self._serving = threading.Lock()  # a test may kick from several threads
         for queue in (driver.transmitq, driver.receiveq):
             queue.device_turn = self._turn
         super().__init__(driver, **options)
+
+    def _new_lane(self) -> StepLane:
+        return StepLane()
 
     def _lend(self) -> None:
         self.lane.attach()

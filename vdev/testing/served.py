@@ -84,16 +84,17 @@ class ServedDevice:
     """A device with ``port`` and as many queue pairs as it carries; a context manager.
 
     removed: mask of features not to offer. journal: the path of its journal, if it is to have one. personality: as for
-    --personality. postcopy: offer it (OSError where it cannot be had). workers: those of a daemon. ``log`` collects
-    (event, text) of its log lines.
+    --personality. postcopy: offer it (OSError where it cannot be had). workers: those of a daemon. lint: as for --lint.
+    ``log`` collects (event, text) of its log lines.
     """
 
     def __init__(self, port: WirePort | None = None, removed: int = 0, journal: Path | None = None,
-                 personality: str = "qemu-net", postcopy: bool = False, workers: Workers | None = None) -> None:
+                 personality: str = "qemu-net", postcopy: bool = False, workers: Workers | None = None,
+                 lint: str = "off") -> None:
         self.port = port or WirePort()
         self.log: list[tuple[str, str]] = []
         config = DeviceConfig("test", fd=0, queue_pairs=self.port.carries.queue_pairs,
-                              features=FeatureEdit(remove=removed), personality=personality)
+                              features=FeatureEdit(remove=removed), personality=personality, lint=lint)
         self.failures: list[Exception] = []
         self._loop = Loop(self.failures.append)
         self._log = _Recorder(self.log)
