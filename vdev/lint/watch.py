@@ -251,6 +251,8 @@ class QueueWatch:
                 self._found("VQ-PACKED-DR-09", f"{name}: entry {d.at} of its table has flags {d.fourth:#06x}")
 
     def _judge_frame(self, chain: RawChain) -> None:
+        if chain.total(writable=True):
+            return  # no frame: the device refuses it
         length = chain.total(writable=False) - _HEADER
         data = self._raw.bytes_of(chain, _HEADER + frames.PREFIX)
         if length < 0:
