@@ -61,6 +61,7 @@ class ControlQueue:
         self._commands = self._done = 0
         self._said: set[str] = set()
         self.deadline: float | None = None  # when serve() is due (time.monotonic) without a kick
+        self.watch: Callable[[bytes, Context], None] | None = None  # is shown each command before it is executed
 
     @property
     def _ring(self) -> Ring | None:
@@ -190,7 +191,10 @@ class ControlQueue:
                 raise Rejected("a command has no room for its acknowledgement")
             if chain.readable_len > COMMAND_MAX:
                 raise Rejected(f"a command of {chain.readable_len} bytes is longer than {COMMAND_MAX}")
-            outcome = execute(chain.read(), self._context())
+            command, context = chain.read(), self._context()
+            if self.watch is not None:
+                self.watch(command, context)
+            outcome = execute(command, context)
         except Rejected as why:
             self._done -= 1
             self._complain(f"a command of the guest's driver is refused: {why} (virtio 1.2, 5.1.6.5)")

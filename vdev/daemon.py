@@ -212,7 +212,7 @@ class Daemon:
         maybe_tap = config.port is None or isinstance(config.port, TapSpec)
         try:
             switch = self._switches.named(config.port.name) if isinstance(config.port, SwitchSpec) else None
-            if switch is None and config.personality == "full":
+            if switch is None and config.personality == "full" and config.lint == "off":
                 port = self._switches.wired(self._open_port(config.port, 1, None), config.name,
                                             config.queue_pairs or 1, log)
             else:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # As many as QEMU asks for; the answer may never shrink, or a front-end that reconnects refuses us.
 MEM_SLOTS = 509
+# The step engine asks nobody for translations, and is no member of a switch, where these have their effect.
+NOT_LINTED = mask(Feature.ACCESS_PLATFORM, Feature.RSS, Feature.HASH_REPORT, Feature.HASH_TUNNEL)
 DEFAULT_MTU = 1500  # bytes: of a port that has no limit of its own
 
 
@@ -80,7 +82,7 @@ class Device:
         audience = Audience(self.config.personality, owner_first=opening == Request.SET_OWNER)
         removed = self.config.features.remove | audience.withheld
         if self.linter is not None:
-            removed |= mask(Feature.ACCESS_PLATFORM)  # the step engine asks nobody for translations
+            removed |= NOT_LINTED
         features = virtio_features(self.port.carries, pairs, removed, audience.personality)
         return Offer(features, protocol_features(features, audience, self._arrivals is not None),
                      rings=len(self.engine.rings), queue_num=audience.queue_num(pairs), max_mem_slots=MEM_SLOTS)
@@ -110,8 +112,11 @@ class Device:
         return self._connection
 
     def _backend_of(self, session: Session) -> Backend:
-        return Backend(session, self.engine, self.port, self._log, self._reverse, self._policy, self._arrivals,
-                       self._space())
+        backend = Backend(session, self.engine, self.port, self._log, self._reverse, self._policy, self._arrivals,
+                          self._space())
+        if self.linter is not None and backend.control is not None:
+            backend.control.watch = self.linter.command
+        return backend
 
     def _space(self) -> ConfigSpace | None:
         """What a session's configuration space begins with; None where that is the front-end's."""

@@ -57,7 +57,11 @@ class Findings:
 
 
 def _told(rule: Rule, evidence: str) -> str:
-    document = "virtio 1.2," if rule.section[0].isdecimal() else "vhost-user,"
+    section = rule.section
+    if section[0].isdecimal():
+        section = f"virtio 1.2, {section}"
+    elif not section.startswith("virtio"):
+        section = f"vhost-user, {section}"
     who = "the front-end" if rule.id.startswith("VU-") else "the driver"
     return (f"lint: {rule.id}: {evidence}; {who} {rule.level} "
-            f"{rule.requirement} ({document} {rule.section}): {rule.hint}")
+            f"{rule.requirement} ({section}): {rule.hint}")

@@ -93,7 +93,7 @@ class Turns:
         lane.attach()
         self._lanes[lane] = lane.fileno()
         self._epoll.register(self._lanes[lane], select.EPOLLIN)
-        self._owe()
+        self.owe()
         return self
 
     def detach(self, lane: LintedLane, pump: "Turns", patience: float = 0) -> None:
@@ -108,7 +108,8 @@ class Turns:
         """Readable when :meth:`turn` has something to do."""
         return self._epoll.fileno()
 
-    def _owe(self) -> None:
+    def owe(self) -> None:
+        """Have another turn."""
         os.eventfd_write(self._more, 1)
 
     def turn(self) -> None:
@@ -117,7 +118,7 @@ class Turns:
             os.eventfd_read(self._more)
         for lane in list(self._lanes):
             if lane.run(PHASES_A_TURN) == PHASES_A_TURN:
-                self._owe()
+                self.owe()
             self._report(lane)
 
     @staticmethod

@@ -2,10 +2,12 @@
 
 import time
 
+from vdev.lint.commands import broken
 from vdev.lint.findings import Findings
 from vdev.lint.lane import Turns
 from vdev.lint.messages import MessageWatch
 from vdev.logs import EventLog
+from vdev.net.control.command import Context
 from vhost_user.codec import Message
 from vhost_user.errors import Close
 from vhost_user.session import Session
@@ -29,6 +31,13 @@ class Linter:
             self._next_look = time.monotonic() + LOOK_EVERY
         self._messages.on(session, message)
         self._judge()
+
+    def command(self, command: bytes, context: Context) -> None:
+        """A command of the control queue is about to be executed."""
+        self.findings.looked_at["commands"] += 1
+        for id, evidence in broken(command, context):
+            self.findings.add(id, f"the control queue: {evidence}")
+        self.turns.owe()  # to judge, behind the command
 
     @property
     def deadline(self) -> float | None:

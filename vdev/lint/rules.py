@@ -107,7 +107,7 @@ _RULES = (
          "a packed ring's chain is linked by NEXT or is one table"),
     Rule("LINT-EVENT", "MUST", "2.8.14", "leave reserved bits and values of the driver's event suppression at 0",
          "flags is 0 (enable), 1 (disable) or, with EVENT_IDX, 2 (a slot of the ring)"),
-    Rule("LINT-KICK", "MUST", "2.8.21.3", "on a packed ring, kick when the device's event suppression asks for it",
+    Rule("LINT-KICK", "MUST", "2.8.21", "on a packed ring, kick when the device's event suppression asks for it",
          "a full barrier belongs between writing the flags and reading the device's event suppression"),
 
     # --------------------------------------------------------------------------------- either format
@@ -127,7 +127,7 @@ _RULES = (
          "the header has num_buffers with VERSION_1, whatever else was negotiated"),
     Rule("NET-CFG-DR-06", "MUST NOT", "5.1.4.1", "send a frame longer than the MTU, unless it is to be segmented",
          "the interface's MTU must not exceed the device's"),
-    Rule("NET-MQ-DR-03", "MUST", "5.1.6.5.5.1", "send only on the queues that are enabled",
+    Rule("NET-MQ-DR-03", "MUST", "5.1.6.5.6", "send only on the queues that are enabled",
          "VQ_PAIRS_SET comes first; before it there is pair 0 only"),
     Rule("NET-TX-DR-02", "MUST", "5.1.6.2.1", "set num_buffers to 0 in a frame that is sent", "clear the header first"),
     Rule("NET-TX-DR-03", "MUST", "5.1.6.2.1", "set flags to 0 where CSUM was not negotiated",
@@ -152,6 +152,30 @@ _RULES = (
          "up to and with the transport header"),
     Rule("NET-TX-DR-15", "MUST NOT", "5.1.6.2.1", "set DATA_VALID or RSC_INFO in a frame that is sent",
          "they are for received frames; clear the header first"),
+
+    # ------------------------------------------------------------- commands, where the queue is ours
+    Rule("LINT-COMMAND", "MUST", "5.1.6.5", "send only commands that there are, with the features they need",
+         "a command is its class, its number and its data"),
+    Rule("NET-RXF-DR-01", "MUST NOT", "5.1.6.5.1", "send PROMISC or ALLMULTI without CTRL_RX",
+         "look at the features before the command is sent"),
+    Rule("NET-RXF-DR-02", "MUST NOT", "5.1.6.5.1", "send ALLUNI, NOMULTI, NOUNI or NOBCAST without CTRL_RX_EXTRA",
+         "look at the features before the command is sent"),
+    Rule("NET-MAC-DR-01", "MUST NOT", "5.1.6.5.2",
+         "send MAC_TABLE_SET without CTRL_RX, or MAC_ADDR_SET without CTRL_MAC_ADDR",
+         "look at the features before the command is sent"),
+    Rule("NET-MAC-DR-03", "MUST", "5.1.6.5.2", "list single stations in the first table, groups in the second",
+         "bit 0 of an address's first byte tells them apart"),
+    Rule("NET-MQ-DR-02", "MUST NOT", "5.1.6.5.6", "ask for 0 queue pairs, or more than max_virtqueue_pairs",
+         "read max_virtqueue_pairs from the configuration space"),
+    Rule("NET-RSS-DR-01", "MUST NOT", "5.1.6.5.7", "send RSS_CONFIG without RSS",
+         "look at the features before the command is sent"),
+    Rule("NET-OFL-DR-01", "MUST NOT", "5.1.6.5.8", "enable an offload whose feature was not negotiated",
+         "mask the offloads with the features"),
+    Rule("NET-COAL-DR-01", "MUST", "5.1.6.5.9",
+         "send coalescing commands only with their feature, and about queues that are enabled",
+         "TX_SET and RX_SET need NOTF_COAL, VQ_SET and VQ_GET need VQ_NOTF_COAL"),
+    Rule("NET-HASH-DR-01", "MUST", "virtio 1.3, \"Inner Header Hash\"", "send HASH_TUNNEL_SET only with HASH_TUNNEL",
+         "look at the features before the command is sent"),
 
     # ------------------------------------------------------------------------------- receive buffers
     Rule("LINT-RECEIVE", "MUST", "5.1.6.3", "give the receiveq buffers that are device-writable only",
