@@ -160,8 +160,8 @@ def test_all_mistakes_are_listed_with_their_place(file):
     assert found == [
         f"{place}log-format yaml: must be one of text, json",
         f"{place}nonsense: unknown key; known: one-off, sandbox, log-format, log-level, upgrade-path, workers, "
-        "cpus, poll-us, uplink, client, socket-group, socket-mode, queue-pairs, features, personality, speed, postcopy, "
-        "lint",
+        "cpus, poll-us, uplink, client, socket-group, socket-mode, queue-pairs, features, personality, speed, "
+        "postcopy, lint",
         "--ready-fd x: must be a number from 0 to 1048575",
         f"{place}device 1: queue-pairs 0: must be a number from 1 to {QUEUE_PAIRS_MAX}",
         f"{place}device 1: prot: unknown key; known: name, socket, fd, client, socket-group, socket-mode, port, "

@@ -86,7 +86,6 @@ class NetDriver:
         self.lenient = lenient
         self.features = features
         self.mergeable = bool(features >> Feature.MRG_RXBUF & 1)
-        self._hash_size = _HASH.size if features >> Feature.HASH_REPORT & 1 else 0
         if buffer_size is None:
             buffer_size = GSO_BUFFER if features & GUEST_GSO else PLAIN_BUFFER
             if self.mergeable:
@@ -94,6 +93,11 @@ class NetDriver:
         self.buffer_size = buffer_size + self._hash_size
         self.receiveq = DriverQueue(memory, size, features, base=base)
         self.transmitq = DriverQueue(memory, size, features, base=base)
+
+    @property
+    def _hash_size(self) -> int:
+        """Bytes that HASH_REPORT adds to the header, if it was negotiated."""
+        return _HASH.size if self.features >> Feature.HASH_REPORT & 1 else 0
 
     def __enter__(self) -> "NetDriver":
         return self

@@ -66,6 +66,8 @@ class ScriptedGuest:
         iommu = bool(features & self.qemu.offered & mask(Feature.ACCESS_PLATFORM))
         self.qemu.rings = [ring_setup(queue, gpa_addresses or iommu) for queue in queues]
         self.features = features & self.qemu.offered
+        for driver in self.drivers:
+            driver.features = self.features
         self.qemu.start(self.regions(gpa_addresses), self.features, enabled_pairs=len(self.drivers))
         for driver in self.drivers:
             driver.fill(buffers)
