@@ -142,7 +142,7 @@ _RULES = (
          "add 0x80 to gso_type"),
     Rule("NET-TX-DR-10", "MUST", "5.1.6.2.1", "with NEEDS_CSUM, put the pseudo-header's sum into the checksum field",
          "neither 0 nor a complete checksum is right there"),
-    Rule("NET-TX-DR-11", "MUST", "5.1.6.2.1", "with NEEDS_CSUM, name a field of the frame by csum_start, csum_offset",
+    Rule("NET-TX-DR-11", "MUST", "5.1.6.2.1", "with NEEDS_CSUM, let csum_start and csum_offset name a field",
          "csum_start counts from the Ethernet header, csum_offset from csum_start"),
     Rule("NET-TX-DR-12", "MUST", "5.1.6.2.1", "send what is to be segmented with NEEDS_CSUM and a gso_size",
          "gso_size is the MSS, without headers"),

@@ -106,19 +106,15 @@ class QueueWatch:
         where = f"chain {step.head}"
         rules = REFUSED.get(step.reason)
         if rules is not None:
-            reason = self._text(step.reason)
+            reason = step.reason.removeprefix("RING_E_").replace("_", " ").lower()
             self._found(rules[self.queue.packed], f"{where}, descriptor {step.descriptor}: {reason}")
         elif self._sends:
             self._found("LINT-TRANSMIT", f"{where}: some of it is device-writable")
         elif self._taken:
             # The step engine has one word for what the receiveq does not take, the ring tells which of the two it is.
-            chain = self._seen[self._taken[-1]]
-            if chain.total(writable=False):
+            chain = self._seen.get(self._taken[-1])
+            if chain is not None and chain.total(writable=False):
                 self._found("LINT-RECEIVE", f"{where}: {chain.total(writable=False)} bytes are device-readable")
-
-    @staticmethod
-    def _text(code: str) -> str:
-        return code.removeprefix("RING_E_").replace("_", " ").lower()
 
     def _broken(self, step: Step) -> None:
         rules = REFUSED.get(step.reason)
