@@ -54,7 +54,8 @@ ELSEWHERE = {
     SessionRings: {"session", "engine", "port", "log", "memory", "postcopy", "dirty", "state", "iommu",
                    "inband", "_own_mtu", "_forget"},  # lent by Backend
     SessionState: {"_engine", "_port", "_session", "_log", "_transfer", "control"},
-    Connection: {"_log", "_transport", "_session"},
+    Connection: {"_log", "_transport", "_session",
+                 "_linter"},  # nothing is handed over where a driver is linted
     Engine: {"port", "features", "mtu", "watch_kicks",  # as the session's state says
              "abandoned", "patience", "_depth", "_lanes", "report_fd",  # of this process
              "lost_worker", "_pool", "_workers", "_apart",  # as its options say
