@@ -20,6 +20,7 @@
 #include "worker.h"
 
 #define SLICES 10 /* of the time a worker is given for a command */
+#define MORE_MS 900 /* and so much on top, if it does not come to use them */
 
 static void wake(struct pump *p)
 {
@@ -51,11 +52,23 @@ static struct timespec after(int timeout_ms)
     return until;
 }
 
+/* Processor time of the worker, in nanoseconds. */
+static int64_t used_by(const struct pump *p)
+{
+    struct timespec used = {0};
+    clockid_t clock;
+
+    if (pthread_getcpuclockid(p->thread, &clock) == 0)
+        clock_gettime(clock, &used);
+    return used.tv_sec * INT64_C(1000000000) + used.tv_nsec;
+}
+
 /* -> the command's status; RING_E_BUSY when the worker did not take it in time (it will later) or still
  * has an earlier one.
  *
- * The time comes in slices. A process that was not let run for a while (SIGSTOP, cpu.max) finds it over when it
- * goes on, though its worker had nothing of it: that costs one slice, not all of them. */
+ * The time comes in slices, and a slice of which the worker had little does not count, nor does it use up more than one
+ * if all of the process was not let run for a while (SIGSTOP, cpu.max): on a busy machine a worker waits for a processor,
+ * and is not to be lost for that. One that is blocked in the kernel looks the same, so there is an end to it. */
 static int command(struct pump *p, enum verb verb, struct lane *l, int timeout_ms)
 {
     int status = RING_E_BUSY;
@@ -64,11 +77,14 @@ static int command(struct pump *p, enum verb verb, struct lane *l, int timeout_m
     if (p->verb == NOTHING) {
         p->subject = l;
         post(p, verb);
-        for (int slice = 0; slice < SLICES && p->verb != NOTHING; slice++) {
-            struct timespec until = after((timeout_ms + SLICES - 1) / SLICES);
+        int slice_ms = (timeout_ms + SLICES - 1) / SLICES, most = SLICES + MORE_MS / (slice_ms ? slice_ms : 1);
+        for (int waits = 0, slices = 0; waits < most && slices < SLICES && p->verb != NOTHING; waits++) {
+            struct timespec until = after(slice_ms);
+            int64_t before = used_by(p);
             int late = 0;
             while (p->verb != NOTHING && late != ETIMEDOUT)
                 late = pthread_cond_timedwait(&p->answered, &p->lock, &until);
+            slices += used_by(p) - before > slice_ms * INT64_C(1000000) / 2;
         }
         if (p->verb == NOTHING)
             status = p->status;

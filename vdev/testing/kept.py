@@ -133,7 +133,10 @@ class KeptDaemon:
         assert self.daemon.child.running(), f"the daemon has ended\n{self.daemon.child.log()}"
         self.serves()
         assert "internal error" not in self.daemon.child.log(), self.daemon.child.log()
-        assert_returned(self.pid, self.baseline)
+        try:
+            assert_returned(self.pid, self.baseline)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.daemon.child.log()}") from None
 
     def __enter__(self) -> "KeptDaemon":
         return self
