@@ -297,7 +297,10 @@ class Run:
             for fd in fds:
                 os.close(fd)
         if self._framed and not self._over:
-            self._check_answers(request, answers, need_reply and before.has(ProtocolFeature.REPLY_ACK))
+            # The message that brings REPLY_ACK is answered, too.
+            agreed = before if request != Request.SET_PROTOCOL_FEATURES else self._session.state
+            acknowledged = before.has(ProtocolFeature.REPLY_ACK) or agreed.has(ProtocolFeature.REPLY_ACK)
+            self._check_answers(request, answers, need_reply and acknowledged)
             if request not in ANSWERED and any(map(refused, answers)):
                 assert self._session.state is before, "a request that was refused changed the session"
 
